@@ -1,0 +1,1 @@
+"""What the pack and the trainer must agree on. Imports the standard library, torch and safetensors only."""

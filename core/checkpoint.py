@@ -1,0 +1,249 @@
+"""The checkpoint contract: what a file is (by its keys), the published folder layout, and the single file.
+
+Only safetensors are read; headers are checked before any weight is touched, so a wrong or broken file is named
+at once. Writing goes to a temporary file that is renamed, so a full disk leaves nothing half-written.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .errors import InputError
+
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+DIFFUSERS_SD3, COMFYUI_SD3, LORA, CONNECTOR, UNKNOWN = (
+    "diffusers SD3 transformer", "ComfyUI SD3 transformer", "LoRA", "MetaQuery connector", "unknown",
+)  # fmt: skip
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_HEAD_DIM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says about itself. Example: `Header({"proj_out.bias": (64,)}, {"format": "pt"})`."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every tensor by its key."""
+    metadata: dict[str, str]
+    """The file's free text entries."""
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file without reading its weights.
+
+    Raises:
+        InputError: the file is missing, a pickle, not safetensors, or shorter than its header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}", found="no such file", expected="a .safetensors file")
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise InputError(
+            f"checkpoint {path}",
+            found=f"a {path.suffix} file, which can run code when it is opened",
+            expected="safetensors",
+            remedy="Convert it to safetensors where it was made.",
+        )
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _HEADER_LIMIT:
+            raise InputError(f"checkpoint {path}", found="no safetensors header", expected="a safetensors file")
+        try:
+            entries = json.loads(file.read(length))
+            metadata = entries.pop("__metadata__", {})
+            needed = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+            shapes = {key: tuple(e["shape"]) for key, e in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            remedy = "It was probably cut off while downloading or copying: fetch it again."
+            raise InputError(f"checkpoint {path}", found="a broken safetensors header", remedy=remedy) from None
+    if size < needed:
+        raise InputError(
+            f"checkpoint {path}",
+            found=f"{size} bytes",
+            expected=f"{needed} bytes",
+            remedy="The file was cut off while downloading or copying: fetch it again.",
+        )
+    return Header(shapes, metadata)
+
+
+def detect_format(keys: Mapping[str, object] | set[str]) -> str:
+    """Tell what a file holds from its keys alone, never from its name.
+
+    Returns:
+        One of `DIFFUSERS_SD3`, `COMFYUI_SD3`, `LORA`, `CONNECTOR`, `UNKNOWN`.
+    """
+    if any(re.search(r"\.(lora_[AB]|lora_up|lora_down|lora\.up|lora\.down)\.", key) for key in keys):
+        return LORA
+    if "pos_embed.proj.weight" in keys and "transformer_blocks.0.attn.add_q_proj.weight" in keys:
+        return DIFFUSERS_SD3
+    if any(key.endswith("joint_blocks.0.context_block.attn.qkv.weight") for key in keys):
+        return COMFYUI_SD3
+    if "meta_queries" in keys and any(key.startswith("connector.layers.") for key in keys):
+        return CONNECTOR
+    return UNKNOWN
+
+
+def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Derive the diffusers config of an SD3 transformer from the shapes of its diffusers-keyed weights.
+
+    `sample_size` is not in the weights; SD3.5-Medium's 128 is returned.
+
+    Raises:
+        InputError: the keys are not those of a diffusers SD3 transformer.
+    """
+    kind = detect_format(shapes)
+    if kind != DIFFUSERS_SD3:
+        raise InputError("transformer weights", found=kind, expected=DIFFUSERS_SD3)
+    width, in_channels, patch_size, _ = shapes["pos_embed.proj.weight"]
+    blocks = {int(m[1]) for key in shapes if (m := re.match(r"transformer_blocks\.(\d+)\.", key))}
+    dual = {int(m[1]) for key in shapes if (m := re.match(r"transformer_blocks\.(\d+)\.attn2\.", key))}
+    return {
+        "sample_size": 128,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // patch_size**2,
+        "num_layers": len(blocks),
+        "attention_head_dim": _HEAD_DIM,
+        "num_attention_heads": width // _HEAD_DIM,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": shapes["context_embedder.weight"][0],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "pos_embed_max_size": math.isqrt(shapes["pos_embed.pos_embed"][1]),
+        "dual_attention_layers": sorted(dual),
+        "qk_norm": "rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in shapes else None,
+    }
+
+
+def check_transformer_config(config: Mapping, shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> None:
+    """Compare a `config.json` with the weights beside it.
+
+    Raises:
+        InputError: names the first field on which they disagree.
+    """
+    real = transformer_config(shapes)
+    for name, value in real.items():
+        written = config.get(name, value)
+        written = list(written) if isinstance(written, (list, tuple)) else written
+        if name != "sample_size" and written != value:
+            raise InputError(
+                f"{name} in {path}",
+                found=written,
+                expected=f"{value}, which is what the weights have",
+                remedy="Use the config.json that belongs to these weights.",
+            )
+
+
+def component_files(folder: str | Path) -> list[Path]:
+    """Return the safetensors files of one component folder (`transformer/`, ...): one, or all shards of an index.
+
+    Raises:
+        InputError: no safetensors there, or a shard that the index names is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"model folder {folder}", found="no such folder", expected="a folder with safetensors")
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            found = f"no {', '.join(missing)}"
+            raise InputError(f"sharded model {folder}", found=found, expected=f"{len(files)} shards")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES]
+        found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "no safetensors file"
+        raise InputError(f"model folder {folder}", found=found, expected="safetensors weights")
+    return files
+
+
+def read_component(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Load all tensors of one component folder; headers are checked first.
+
+    Raises:
+        InputError: as `component_files` and `read_header`.
+    """
+    files = component_files(folder)
+    for file in files:
+        read_header(file)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    return tensors
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file as a whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"output {path}", found="no such folder", expected="an existing folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "Free some space or choose another folder." if full else None
+        found = "a full disk" if full else str(error)
+        raise InputError(f"writing {path}", found=found, remedy=remedy) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cast_file(path: str | Path, dtype: torch.dtype) -> None:
+    """Rewrite a safetensors file with its floating-point tensors in `dtype`; metadata is kept."""
+    header = read_header(path)
+    tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}
+    save_tensors(tensors, path, header.metadata)
+
+
+def export_single_file(folder: str | Path, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Merge `folder/transformer` (published layout, sharded or not) into one file that ComfyUI's UNETLoader reads.
+
+    Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format.
+
+    Raises:
+        InputError: the folder holds no SD3 transformer, or the file cannot be written.
+    """
+    tensors = read_component(Path(folder) / "transformer")
+    transformer_config({k: tuple(t.shape) for k, t in tensors.items()})
+    save_tensors(tensors, path, {"format": "pt", "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})
+
+
+def import_single_file(path: str | Path, folder: str | Path) -> None:
+    """Write a diffusers-keyed single file back as `folder/transformer` with a config derived from its shapes.
+
+    Raises:
+        InputError: the file is not a diffusers SD3 transformer, or the folder already has one.
+    """
+    config = transformer_config(read_header(path).shapes)
+    target = Path(folder) / "transformer"
+    if target.exists():
+        raise InputError(f"folder {target}", found="it exists already", remedy="Choose a new folder.")
+    target.mkdir(parents=True)
+    with safe_open(path, framework="pt") as file:
+        save_tensors({k: file.get_tensor(k) for k in file.keys()}, target / TRANSFORMER_FILE)  # noqa: SIM118
+    text = json.dumps({"_class_name": "SD3Transformer2DKontextModel", **config}, indent=2)
+    (target / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""The micro preset: a complete UniPic2 of a few million weights, in the published formats and code paths.
+
+Both wings read these figures: the trainer builds the models from them, the pack builds ComfyUI's
+text encoder from them and finds the bundled weights here.
+"""
+
+from pathlib import Path
+
+IMAGE_SIZE = 64
+"""Edge of a micro picture in pixels."""
+
+NUM_INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 3.0
+"""Sampling defaults of the micro model (scheduler: FlowMatchEuler with `SHIFT`; ComfyUI: euler + normal)."""
+
+SHIFT = 3.0
+"""Timestep shift of training and sampling. SD3's own value, so ComfyUI needs no extra node."""
+
+MAX_TOKENS = 20
+"""Prompt length in tokens, start and end included."""
+
+TEXT_ENCODER_CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": MAX_TOKENS,
+    "projection_dim": 128,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""CLIP text model with projection; conditioning is the state before the last layer, as for SD3's CLIPs."""
+
+TRANSFORMER_CONFIG = {
+    # ComfyUI derives depth and heads from the width: width = 64 x layers = 64 x heads.
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 64,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT_ENCODER_CONFIG["hidden_size"],
+    "caption_projection_dim": 192,
+    "pooled_projection_dim": TEXT_ENCODER_CONFIG["projection_dim"],
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0, 1),
+    "qk_norm": "rms_norm",
+}
+
+VAE_CONFIG = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
+"""TAESD architecture (diffusers `AutoencoderTiny`): its latents are already what the transformer reads."""
+
+
+def weights_dir() -> Path:
+    """Return the folder of the bundled micro weights, in the published layout (`transformer/`, `vae/`, ...)."""
+    return Path(__file__).resolve().parent.parent / "weights" / "micro"

@@ -1,0 +1,285 @@
+"""Flow-matching pretraining of text-to-image and editing in one model.
+
+Convention: sigma 0 is the picture, sigma 1 is noise (see `core.flow`). A sample is a dict with `latents` (C, H, W),
+already scaled for the transformer, `prompt`, and for an edit `ref_latents` (C, H, W). Batches hold one task only,
+so no padding and no mask is needed.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..core.checkpoint import cast_file
+from ..core.errors import InputError
+from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
+from .flow_matching_config import FlowMatchingConfig
+from .kontext_pipeline import StableDiffusion3KontextPipeline
+
+_EMA_FILE = "ema.safetensors"
+
+
+class TaskBlockSampler(torch.utils.data.Sampler[int]):
+    """Yields indices in blocks of `block_size` that belong to one task, edits taking `edit_ratio` of the blocks.
+
+    One pass has as many blocks as the dataset fills; each task is walked in a fresh random order and walked again
+    when it runs out, so a small task repeats rather than ends the pass.
+    """
+
+    def __init__(self, is_edit: list[bool], block_size: int, edit_ratio: float, seed: int):
+        self.indices = {
+            task: torch.tensor([i for i, e in enumerate(is_edit) if e == task], dtype=torch.long)
+            for task in (False, True)
+        }
+        if not len(self.indices[True]):
+            edit_ratio = 0.0
+        elif not len(self.indices[False]):
+            edit_ratio = 1.0
+        self.num_blocks = max(1, len(is_edit) // block_size)
+        self.block_size, self.edit_ratio, self.seed, self.epoch = block_size, edit_ratio, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass; the same epoch gives the same order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        streams = {task: self._stream(indices, generator) for task, indices in self.indices.items()}
+        for block in range(self.num_blocks):
+            # The running count of edits follows the ratio to within one block.
+            is_edit = int((block + 1) * self.edit_ratio) > int(block * self.edit_ratio)
+            for _ in range(self.block_size):
+                yield next(streams[is_edit])
+
+    @staticmethod
+    def _stream(indices: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
+        while True:
+            for i in torch.randperm(len(indices), generator=generator):
+                yield int(indices[i])
+
+
+class KontextForTraining(nn.Module):
+    """The parts that one loss reaches: the transformer and, when it is trained, the text encoder."""
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def forward(self, noisy, sigmas, input_ids, ref_latents=None) -> torch.Tensor:
+        """Return the predicted velocity (B, C, H, W) for noisy latents at sigmas (B,) with token ids (B, L)."""
+        encoded = self.text_encoder(input_ids, output_hidden_states=True)
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=sigmas * NUM_TRAIN_TIMESTEPS,
+            encoder_hidden_states=encoded.hidden_states[-2],
+            pooled_projections=encoded.text_embeds,
+            ref_hidden_states=ref_latents,
+            return_dict=False,
+        )[0]
+
+
+class EMACallback(TrainerCallback):
+    """Averages the trained weights after each optimizer step, and stores the average with each checkpoint."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.ema = EMAModel(
+            [p for p in model.parameters() if p.requires_grad],
+            decay=decay,
+            use_ema_warmup=True,
+            power=0.75,
+            foreach=True,
+        )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.ema.step([p for p in model.parameters() if p.requires_grad])
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        tensors = dict(zip(self.names, (t.contiguous() for t in self.ema.shadow_params), strict=True))
+        metadata = {"optimization_step": str(self.ema.optimization_step)}
+        save_file(tensors, folder / f"{_EMA_FILE}.tmp", metadata=metadata)
+        (folder / f"{_EMA_FILE}.tmp").replace(folder / _EMA_FILE)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Take the average of a checkpoint back."""
+        tensors = load_file(folder / _EMA_FILE)
+        for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
+            shadow.copy_(tensors[name])
+        self.ema.optimization_step = step
+
+    def swap_in(self, model: nn.Module) -> None:
+        """Put the average into the model; `swap_out` brings the trained weights back."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+
+    def swap_out(self, model: nn.Module) -> None:
+        """Undo `swap_in`."""
+        self.ema.restore([p for p in model.parameters() if p.requires_grad])
+
+
+class FlowMatchingTrainer(Trainer):
+    """`transformers.Trainer` for a Kontext pipeline: velocity loss, task batches, EMA, previews, export.
+
+    Args:
+        pipeline: the model; its transformer (and text encoder, if asked) is trained in place, in float32.
+        args: settings.
+        train_dataset: map-style dataset of samples (module docstring) with `is_edit`, one bool for each sample.
+        previews: callable `(pipeline, step) -> PIL image` drawing the fixed-seed grid, or None.
+        callbacks: further transformers callbacks.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3KontextPipeline,
+        args: FlowMatchingConfig,
+        train_dataset,
+        previews=None,
+        callbacks: list | None = None,
+    ):
+        if pipeline.text_encoder_2 is not None or pipeline.text_encoder_3 is not None:
+            raise InputError(
+                "pipeline",
+                found="three text encoders",
+                expected="a model with one text encoder (the micro model)",
+                remedy="Pretraining with cached T5 states is not part of this version.",
+            )
+        self.pipeline, self.previews = pipeline, previews
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=args.shift)
+        pipeline.vae.requires_grad_(False)
+        pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+        pipeline.transformer.requires_grad_(True)
+        if args.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+            args.gradient_checkpointing = False  # the wrapper below has no such switch of its own
+        model = KontextForTraining(pipeline.transformer.float(), pipeline.text_encoder.float())
+        self.ema = EMACallback(model, args.ema_decay) if args.use_ema else None
+        self._task_losses: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
+        )
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        if previews is not None and args.preview_steps:
+            self.add_callback(_PreviewCallback(self))
+
+    def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """Stack samples of one task; prompts become token ids (B, L), some of them dropped to the empty prompt."""
+        is_edit = "ref_latents" in samples[0]
+        dropout = self.args.edit_caption_dropout if is_edit else self.args.caption_dropout
+        keep = torch.rand(len(samples)) >= dropout
+        prompts = [s["prompt"] if k else "" for s, k in zip(samples, keep, strict=True)]
+        tokenizer = self.pipeline.tokenizer
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        batch = {"latents": torch.stack([s["latents"] for s in samples]), "input_ids": tokens.input_ids}
+        if is_edit:
+            batch["ref_latents"] = torch.stack([s["ref_latents"] for s in samples])
+        return batch
+
+    def sample_sigmas(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Return training sigmas (B,) in 0..1, after the shift."""
+        if self.args.timestep_sampling == "uniform":
+            sigmas = torch.rand(batch_size, device=device)
+        else:
+            normal = torch.randn(batch_size, device=device) * self.args.logit_std + self.args.logit_mean
+            sigmas = torch.sigmoid(normal)
+        return shift_sigmas(sigmas, self.args.shift)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean squared error of the velocity `noise - latents` (SD3, arXiv 2403.03206, section 2, uniform weight)."""
+        latents = inputs["latents"]
+        noise = torch.randn_like(latents)
+        sigmas = self.sample_sigmas(latents.shape[0], latents.device)
+        velocity = model(interpolate(latents, noise, sigmas), sigmas, inputs["input_ids"], inputs.get("ref_latents"))
+        loss = F.mse_loss(velocity.float(), noise - latents)
+        self._task_losses["edit" if "ref_latents" in inputs else "t2i"].append(loss.detach())
+        return (loss, velocity) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the mean loss of each task since the last log."""
+        for task, losses in self._task_losses.items():
+            if losses and "loss" in logs:
+                logs[f"loss/{task}"] = round(torch.stack(losses).mean().item(), 4)
+                losses.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> TaskBlockSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return TaskBlockSampler(
+            dataset.is_edit, self.args.per_device_train_batch_size, self.args.edit_ratio, self.args.seed
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            folder = Path(resume_from_checkpoint)
+            self.ema.load(folder, int(folder.name.rpartition("-")[2]))
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model in the published layout, averaged weights where there are any; all or nothing."""
+        folder = Path(folder)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.ema is not None:
+            self.ema.swap_in(model)
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            self.pipeline.save_pretrained(unfinished, safe_serialization=True)
+        finally:
+            if self.ema is not None:
+                self.ema.swap_out(model)
+        for file in unfinished.glob("*/*.safetensors"):
+            cast_file(file, getattr(torch, self.args.export_dtype))
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+
+class _PreviewCallback(TrainerCallback):
+    """Draws the fixed-seed grid with the averaged weights, to `previews/` and to TensorBoard."""
+
+    def __init__(self, trainer: FlowMatchingTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.preview_steps or not state.is_world_process_zero:
+            return
+        trainer = self.trainer
+        # Drawing must not move the training's random numbers: the run is the same with and without previews.
+        with torch.random.fork_rng():
+            if trainer.ema is not None:
+                trainer.ema.swap_in(model)
+            model.eval()
+            try:
+                grid = trainer.previews(trainer.pipeline, state.global_step)
+            finally:
+                model.train()
+                if trainer.ema is not None:
+                    trainer.ema.swap_out(model)
+        folder = Path(args.output_dir) / "previews"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{state.global_step:06d}.png"
+        grid.save(path)
+        self._to_tensorboard(grid, state.global_step)
+
+    def _to_tensorboard(self, grid, step: int) -> None:
+        from numpy import asarray
+        from transformers.integrations import TensorBoardCallback
+
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("previews", asarray(grid), step, dataformats="HWC")

@@ -1,0 +1,234 @@
+"""Text-to-image and editing with one diffusers pipeline (UniPic2-SD3.5M-Kontext).
+
+Differences from diffusers' `StableDiffusion3Pipeline`, whose denoising loop runs unchanged: `image=` makes it an
+edit; the reference goes into both guidance branches, only the text is dropped; the second and third text encoder
+may be absent (the micro model has one).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from ..core.checkpoint import check_transformer_config, component_files, read_header
+from ..core.errors import InputError
+from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
+from ..core.sizes import fit_size, nearest_valid_size
+from .kontext_transformer import SD3Transformer2DKontextModel
+
+_REFERENCE_KEY = "ref_hidden_states"
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Check a folder in the published layout before anything is loaded from it.
+
+    Raises:
+        InputError: `model_index.json` is missing or broken, a weight file is missing, a pickle or cut off, or the
+            transformer's `config.json` disagrees with its weights.
+    """
+    components = _read_json(folder / "model_index.json", "a pipeline in the published layout")
+    with_weights = [n for n in components if (folder / n).is_dir() and not n.startswith(("tokenizer", "scheduler"))]
+    if "transformer" not in with_weights:
+        raise InputError(f"model {folder}", found="no transformer folder", expected="transformer/ with safetensors")
+    shapes = {}
+    for name in with_weights:
+        headers = [read_header(file) for file in component_files(folder / name)]
+        if name == "transformer":
+            shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
+    config = folder / "transformer" / "config.json"
+    check_transformer_config(_read_json(config, "the transformer's settings"), shapes, config)
+
+
+def _read_json(path: Path, expected: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"file {path}", found="no such file", expected=expected) from None
+    except ValueError as error:
+        raise InputError(f"file {path}", found=f"broken JSON ({error})", expected=expected) from None
+
+
+class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
+    """Draw from text, or edit a picture.
+
+    Example:
+        ```python
+        pipe = StableDiffusion3KontextPipeline.from_pretrained("Skywork/UniPic2-SD3.5M-Kontext-2B")
+        edited = pipe("make the car red", image=photo, generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+    """
+
+    _optional_components = [
+        *StableDiffusion3Pipeline._optional_components,
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a folder in the published layout, or a hub repository. Weights are safetensors only.
+
+        Raises:
+            InputError: the folder is not a pipeline, or its weights are missing, cut off, or not of this architecture.
+        """
+        kwargs["use_safetensors"] = True
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_pipeline_folder(folder)
+        elif folder.is_absolute() or len(folder.parts) != 2:
+            raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
+        if "transformer" not in kwargs:
+            names = ("torch_dtype", "dtype", "cache_dir", "revision", "token", "local_files_only", "use_safetensors")
+            hub = {name: kwargs[name] for name in names if name in kwargs}
+            kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
+                pretrained_model_name_or_path, subfolder="transformer", **hub
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Read `model_index.json`. Folders name various modules for the Kontext class; diffusers knows its parent."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "transformer" in config:
+            config["transformer"] = ["diffusers", "SD3Transformer2DModel"]
+        return loaded
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list[Image.Image] | torch.Tensor | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        longer_edge: int = 512,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        sample_mode: str = "argmax",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        joint_attention_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """Generate pictures. Arguments that are not named here are diffusers' (`latents`, `output_type`, ...).
+
+        Args:
+            prompt: text or a list of texts; an instruction when `image` is given.
+            image: reference picture(s) for an edit: PIL, or a tensor (B, 3, H, W) in 0..1; one for all prompts or one
+                for each. Resized (bicubic) to the target size. None draws from text alone.
+            height, width: target size in pixels, multiples of 16. Default: the reference's shape with its longer edge
+                at `longer_edge` (multiples of 32); without a reference, the model's own size.
+            longer_edge: pixels of the longer edge of an edit; the published default is 512, 1024 works too.
+            num_inference_steps: denoising steps; the published default is 50.
+            guidance_scale: classifier-free guidance; 1 turns it off.
+            negative_prompt: None uses the default for edits ("" for text-to-image, and for models with one encoder).
+            num_images_per_prompt: pictures for each prompt.
+            sample_mode: "argmax" encodes the reference by the VAE posterior's mode (ComfyUI's way, deterministic),
+                "sample" draws from it (the published script's way).
+            generator: source of the noise; same generator state, same pictures.
+
+        Returns:
+            diffusers' `StableDiffusion3PipelineOutput`.
+
+        Raises:
+            InputError: sizes that the model cannot draw, or a number of pictures that fits no prompt list.
+        """
+        if image is not None:
+            images = list(image) if isinstance(image, (list, tuple, torch.Tensor)) else [image]
+            if height is None or width is None:
+                first = images[0]
+                size = first.size if isinstance(first, Image.Image) else (first.shape[-1], first.shape[-2])
+                width, height = fit_size(*size, longer_edge=longer_edge)
+        self._check_size(height, width)
+        if negative_prompt is None and image is not None and self.text_encoder_2 is not None:
+            negative_prompt = DEFAULT_EDIT_NEGATIVE_PROMPT
+        if image is not None:
+            prompts = len(prompt) if isinstance(prompt, list) else 1
+            if prompt is None and kwargs.get("prompt_embeds") is not None:
+                prompts = kwargs["prompt_embeds"].shape[0]
+            reference = self.encode_reference(images, height, width, generator, sample_mode)
+            reference = self._repeat_reference(reference, prompts, num_images_per_prompt)
+            joint_attention_kwargs = {**(joint_attention_kwargs or {}), _REFERENCE_KEY: reference}
+        return super().__call__(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            joint_attention_kwargs=joint_attention_kwargs,
+            **kwargs,
+        )
+
+    def encode_reference(
+        self,
+        images: list[Image.Image] | list[torch.Tensor],
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_mode: str = "argmax",
+    ) -> torch.Tensor:
+        """Return the scaled latents (B, C, height/8, width/8) of reference pictures resized to the target size."""
+        pixels = torch.cat([self.image_processor.preprocess(i, height, width, resize_mode="default") for i in images])
+        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            latents = encoded.latents  # a VAE without a posterior (TAESD architecture)
+        elif sample_mode == "sample":
+            latents = encoded.latent_dist.sample(generator if not isinstance(generator, list) else generator[0])
+        else:
+            latents = encoded.latent_dist.mode()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @staticmethod
+    def _repeat_reference(reference: torch.Tensor, prompts: int, per_prompt: int) -> torch.Tensor:
+        if reference.shape[0] not in (1, prompts):
+            raise InputError(
+                "image",
+                found=f"{reference.shape[0]} pictures for {prompts} prompts",
+                expected="one picture, or one for each prompt",
+            )
+        return reference.expand(prompts, -1, -1, -1).repeat_interleave(per_prompt, dim=0)
+
+    def _check_size(self, height: int | None, width: int | None) -> None:
+        step = self.vae_scale_factor * self.patch_size
+        most = self.transformer.config.pos_embed_max_size * step
+        for name, edge in (("height", height), ("width", width)):
+            if edge is None:
+                continue
+            if edge < step or edge % step or edge > most:
+                nearest = nearest_valid_size(min(edge, most), min(edge, most), step)[0]
+                expected = f"a multiple of {step} from {step} to {most} pixels"
+                raise InputError(name, found=edge, expected=expected, remedy=f"The nearest valid {name} is {nearest}.")
+
+    def encode_prompt(
+        self, prompt, prompt_2=None, prompt_3=None, device=None, num_images_per_prompt=1,
+        do_classifier_free_guidance=True, negative_prompt=None, **kwargs,
+    ):  # fmt: skip
+        """Return text conditioning as diffusers does; a model with only the first encoder uses its states as they are.
+
+        Returns:
+            `(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)` with states
+            (B, L, joint_attention_dim) and pooled (B, pooled_projection_dim); the negatives are None without guidance.
+        """
+        ready = kwargs.get("prompt_embeds") is not None
+        if self.text_encoder is None or self.text_encoder_2 is not None or self.text_encoder_3 is not None or ready:
+            return super().encode_prompt(
+                prompt, prompt_2, prompt_3, device, num_images_per_prompt, do_classifier_free_guidance,
+                negative_prompt, **kwargs,
+            )  # fmt: skip
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        embeds, pooled = self._get_clip_prompt_embeds(prompt, num_images_per_prompt, device)
+        if not do_classifier_free_guidance:
+            return embeds, None, pooled, None
+        negative = negative_prompt or ""
+        negative = [negative] * len(prompt) if isinstance(negative, str) else negative
+        negative_embeds, negative_pooled = self._get_clip_prompt_embeds(negative, num_images_per_prompt, device)
+        return embeds, negative_embeds, pooled, negative_pooled

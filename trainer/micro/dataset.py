@@ -1,0 +1,86 @@
+"""The training pool of the micro model: scenes, edits and their latents, drawn from one seed and encoded once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from tqdm import tqdm
+
+from .codec import encode
+from .tasks import EDIT_KINDS, T2I_KINDS, EditTask, describe, is_held_out, sample_edit, sample_t2i
+from .world import Scene, render
+
+_CHUNK = 512  # pictures rendered at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _T2IItem:
+    scene: Scene
+    kinds: tuple[str, ...]
+    """Kinds of prompts that this scene answers."""
+    latents: int
+    """Row of the scene's latents."""
+
+
+class MicroDataset(torch.utils.data.Dataset):
+    """Samples for `FlowMatchingTrainer`: text-to-image first, then edits.
+
+    A scene keeps its picture but gets a new prompt each time it is drawn. Every edit's target is also a
+    text-to-image sample when it answers a prompt. Held-out words (see `tasks`) never occur.
+
+    Args:
+        vae: the trained codec; it encodes in bfloat16.
+        num_scenes: scenes made for text-to-image.
+        num_edits: source and target pairs.
+        seed: the same seed gives the same pool and the same prompts in the same order.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, num_scenes: int, num_edits: int, seed: int):
+        self.rng = np.random.default_rng([seed, 3])
+        scenes = [sample_t2i(self.rng, T2I_KINDS[i % len(T2I_KINDS)])[1] for i in range(num_scenes)]
+        self.edits = [sample_edit(self.rng, EDIT_KINDS[i % len(EDIT_KINDS)]) for i in range(num_edits)]
+        self.num_scenes = num_scenes
+        scenes += [task.target for task in self.edits]
+        items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in enumerate(scenes))
+        self.items = [item for item in items if item.kinds]
+        self.latents = self._encode(vae, scenes + [task.source for task in self.edits])
+        self.is_edit = [False] * len(self.items) + [True] * num_edits
+
+    def _kinds(self, scene: Scene) -> tuple[str, ...]:
+        return tuple(kind for kind in T2I_KINDS if describe(self.rng, scene, kind) is not None)
+
+    @staticmethod
+    def _encode(vae: AutoencoderTiny, scenes: list[Scene]) -> torch.Tensor:
+        fast = AutoencoderTiny.from_config(vae.config)
+        fast.load_state_dict(vae.state_dict())
+        fast = fast.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        starts = tqdm(range(0, len(scenes), _CHUNK), desc="encoding the pool", unit_scale=_CHUNK, unit="picture")
+        return torch.cat([encode(fast, [render(s) for s in scenes[i : i + _CHUNK]]).half() for i in starts])
+
+    def __len__(self) -> int:
+        return len(self.is_edit)
+
+    def __getitem__(self, index: int) -> dict:
+        # One draw of torch's generator seeds the words, so that the trainer's random state resumes them too.
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        if index < len(self.items):
+            item = self.items[index]
+            return {"prompt": self._prompt(rng, item), "latents": self.latents[item.latents].float()}
+        number = index - len(self.items)
+        task: EditTask = self.edits[number]
+        return {
+            "prompt": task.prompt,
+            "latents": self.latents[self.num_scenes + number].float(),
+            "ref_latents": self.latents[self.num_scenes + len(self.edits) + number].float(),
+        }
+
+    @staticmethod
+    def _prompt(rng: np.random.Generator, item: _T2IItem) -> str:
+        while True:
+            kind = item.kinds[rng.integers(len(item.kinds))]
+            task = describe(rng, item.scene, kind)
+            if kind != "color_attribution" or not is_held_out(task.prompt.removeprefix("a picture of ")):
+                return task.prompt
+            if item.kinds == ("color_attribution",):
+                return ""  # only held-out words would fit this picture: train it without text
