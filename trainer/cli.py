@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, default=Path("runs/micro"), help="folder of the finished model")
     make.add_argument("--work", type=Path, default=None, help="folder for stages and logs (default OUT + '-work')")
     make.add_argument("--seed", type=int, default=0, help="the one seed of everything (default 0)")
-    make.add_argument("--codec-steps", type=int, default=700, help="optimizer steps of the VAE (default 700)")
+    make.add_argument("--codec-steps", type=int, default=3000, help="optimizer steps of the VAE (default 3000)")
+    make.add_argument("--decoder-steps", type=int, default=1200, help="more steps of its decoder (default 1200)")
     return parser
 
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
         from .micro.make import make
 
         work = arguments.work or arguments.out.with_name(f"{arguments.out.name}-work")
-        results = make(arguments.out, work, arguments.seed, arguments.codec_steps, rest)
+        results = make(arguments.out, work, arguments.seed, arguments.codec_steps, arguments.decoder_steps, rest)
         _print_scores(results, arguments.out)
         return 0
     if rest:

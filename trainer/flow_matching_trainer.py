@@ -72,18 +72,31 @@ class TaskBlockSampler(torch.utils.data.Sampler[int]):
 class KontextForTraining(nn.Module):
     """The parts that one loss reaches: the transformer and, when it is trained, the text encoder."""
 
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module):
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def forward(self, noisy, sigmas, input_ids, ref_latents=None) -> torch.Tensor:
-        """Return the predicted velocity (B, C, H, W) for noisy latents at sigmas (B,) with token ids (B, L)."""
-        encoded = self.text_encoder(input_ids, output_hidden_states=True)
+    def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            noisy: latents (B, C, H, W) at `sigmas`.
+            sigmas: (B,), 0 to 1.
+            text: token ids (B, L) for the trained text encoder, or ready `(states (B, L, D), pooled (B, P))`.
+            ref_latents: (B, C, H, W) of the references, or None.
+
+        Returns:
+            (B, C, H, W).
+        """
+        if self.text_encoder is not None:
+            encoded = self.text_encoder(text, output_hidden_states=True)
+            text = encoded.hidden_states[-2], encoded.text_embeds
+        states, pooled = text
         return self.transformer(
             hidden_states=noisy,
             timestep=sigmas * NUM_TRAIN_TIMESTEPS,
-            encoder_hidden_states=encoded.hidden_states[-2],
-            pooled_projections=encoded.text_embeds,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
             ref_hidden_states=ref_latents,
             return_dict=False,
         )[0]
@@ -149,22 +162,25 @@ class FlowMatchingTrainer(Trainer):
         previews=None,
         callbacks: list | None = None,
     ):
-        if pipeline.text_encoder_2 is not None or pipeline.text_encoder_3 is not None:
+        if args.train_text_encoder and pipeline.text_encoder_2 is not None:
             raise InputError(
-                "pipeline",
-                found="three text encoders",
-                expected="a model with one text encoder (the micro model)",
-                remedy="Pretraining with cached T5 states is not part of this version.",
+                "train_text_encoder",
+                found="true for a model with several text encoders",
+                expected="false",
+                remedy="Only the micro model's text encoder is trained; published ones stay frozen.",
             )
         self.pipeline, self.previews = pipeline, previews
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=args.shift)
         pipeline.vae.requires_grad_(False)
-        pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+            if encoder is not None:
+                encoder.requires_grad_(args.train_text_encoder)
         pipeline.transformer.requires_grad_(True)
         if args.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             args.gradient_checkpointing = False  # the wrapper below has no such switch of its own
-        model = KontextForTraining(pipeline.transformer.float(), pipeline.text_encoder.float())
+        text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
+        model = KontextForTraining(pipeline.transformer.float(), text_encoder)
         self.ema = EMACallback(model, args.ema_decay) if args.use_ema else None
         self._task_losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(
@@ -176,16 +192,19 @@ class FlowMatchingTrainer(Trainer):
             self.add_callback(_PreviewCallback(self))
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """Stack samples of one task; prompts become token ids (B, L), some of them dropped to the empty prompt."""
+        """Stack samples of one task; some prompts are dropped to the empty one.
+
+        Prompts become token ids (B, L) where the text encoder is trained, and stay words where it is frozen.
+        """
         is_edit = "ref_latents" in samples[0]
         dropout = self.args.edit_caption_dropout if is_edit else self.args.caption_dropout
         keep = torch.rand(len(samples)) >= dropout
         prompts = [s["prompt"] if k else "" for s, k in zip(samples, keep, strict=True)]
-        tokenizer = self.pipeline.tokenizer
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        batch = {"latents": torch.stack([s["latents"] for s in samples]), "input_ids": tokens.input_ids}
+        batch = {"latents": torch.stack([s["latents"] for s in samples]), "text": prompts}
+        if self.args.train_text_encoder:
+            tokenizer = self.pipeline.tokenizer
+            length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            batch["text"] = tokenizer(prompts, **length, return_tensors="pt").input_ids
         if is_edit:
             batch["ref_latents"] = torch.stack([s["ref_latents"] for s in samples])
         return batch
@@ -204,10 +223,24 @@ class FlowMatchingTrainer(Trainer):
         latents = inputs["latents"]
         noise = torch.randn_like(latents)
         sigmas = self.sample_sigmas(latents.shape[0], latents.device)
-        velocity = model(interpolate(latents, noise, sigmas), sigmas, inputs["input_ids"], inputs.get("ref_latents"))
+        text = inputs["text"]
+        if not self.args.train_text_encoder:
+            text = self.encode_text(text, latents.device)
+        velocity = model(interpolate(latents, noise, sigmas), sigmas, text, inputs.get("ref_latents"))
         loss = F.mse_loss(velocity.float(), noise - latents)
         self._task_losses["edit" if "ref_latents" in inputs else "t2i"].append(loss.detach())
         return (loss, velocity) if return_outputs else loss
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (B, L, D) and pooled text (B, P) from the pipeline's frozen encoders."""
+        for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3):
+            if encoder is not None:
+                encoder.to(device)
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return states, pooled
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the mean loss of each task since the last log."""

@@ -18,6 +18,7 @@ from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 _VOCABULARY = 1024
+_TOKEN_STD, _POSITION_STD = 0.3, 0.1
 
 
 def build_tokenizer(folder: Path, seed: int = 0) -> CLIPTokenizer:
@@ -59,6 +60,9 @@ def build_pipeline(vae: AutoencoderTiny, tokenizer: CLIPTokenizer, seed: int) ->
         pad_token_id=tokenizer.pad_token_id,
     )
     text_encoder = CLIPTextModelWithProjection(text_config)
+    # CLIP's own 0.02 is far below what the first blocks add, and the words would be slow to come through.
+    nn.init.normal_(text_encoder.text_model.embeddings.token_embedding.weight, std=_TOKEN_STD)
+    nn.init.normal_(text_encoder.text_model.embeddings.position_embedding.weight, std=_POSITION_STD)
     transformer = SD3Transformer2DKontextModel(**TRANSFORMER_CONFIG)
     # adaLN-zero (DiT, arXiv 2212.09748): each block starts as the identity and the output at zero.
     for name, module in transformer.named_modules():

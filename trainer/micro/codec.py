@@ -1,8 +1,10 @@
 """Training of the micro VAE: diffusers' `AutoencoderTiny` (TAESD architecture), factor 8, 16 channels.
 
-The network is convolutional, so it learns on 32-pixel crops at a quarter of the cost. Two terms make its latents
-fit for diffusion: each channel is held near zero mean and unit deviation, so no scaling factor is needed, and
-the decoder sees slightly noisy latents, so small errors of the transformer do not show.
+Two terms make its latents fit for diffusion: each channel is held near zero mean and unit deviation, so no scaling
+factor is needed, and the decoder sees slightly noisy latents, so small errors of the transformer do not show.
+
+It learns on whole pictures. Trained on 32-pixel crops it drew crops well and 64-pixel pictures badly: its view is
+wider than a crop, so it had learned to orient itself by the borders.
 """
 
 import math
@@ -22,9 +24,10 @@ from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 from .verifier import read_scene
 from .world import Scene, render
 
-_CROP = 32  # pixels
-_LATENT_NOISE = 0.05  # standard deviation of the noise added to latents before decoding
+_LATENT_NOISE = 0.2  # standard deviation of the noise added to latents before decoding
 _STATISTICS_WEIGHT = 0.02
+_NUM_SCENES = 4096
+_BATCH_SIZE = 4  # pictures; each has 64 latents, so small batches and many steps learn fastest
 _BRANCH_GAIN = 0.1  # size of each residual branch at the start
 
 
@@ -50,11 +53,11 @@ def sample_scenes(count: int, seed: int) -> list[Scene]:
     return scenes[:count]
 
 
-class CropDataset(torch.utils.data.Dataset):
-    """Random 32-pixel crops of rendered scenes, as float tensors (3, 32, 32) in -1..1, the same for the same seed."""
+class PictureDataset(torch.utils.data.Dataset):
+    """Rendered scenes, some mirrored, as float tensors (3, 64, 64) in -1..1; the same for the same seed."""
 
     def __init__(self, num_scenes: int, length: int, seed: int):
-        self.pixels = np.stack([np.asarray(render(s)) for s in sample_scenes(num_scenes, seed)])
+        self.pixels = to_pixels([render(s) for s in sample_scenes(num_scenes, seed)])
         self.length, self.seed = length, seed
 
     def __len__(self) -> int:
@@ -63,10 +66,7 @@ class CropDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, 2, index])
         picture = self.pixels[rng.integers(len(self.pixels))]
-        top, left = rng.integers(0, picture.shape[0] - _CROP + 1, size=2)
-        crop = picture[top : top + _CROP, left : left + _CROP]
-        crop = crop[:, :: -1 if rng.random() < 0.5 else 1]
-        return {"pixel_values": torch.from_numpy(crop.copy()).permute(2, 0, 1).float().div(127.5).sub(1)}
+        return {"pixel_values": picture.flip(-1) if rng.random() < 0.5 else picture}
 
 
 class CodecLoss(nn.Module):
@@ -111,18 +111,31 @@ def initialize(vae: AutoencoderTiny, pixel_values: torch.Tensor) -> None:
     vae.decoder.layers[-1].weight.div_(vae.decode(vae.encode(pixel_values).latents).sample.std())
 
 
-def train_codec(output_dir: Path, steps: int, seed: int, batch_size: int = 16) -> AutoencoderTiny:
-    """Train the micro VAE and return it in evaluation mode. Checkpoints and logs go to `output_dir`."""
+def train_codec(output_dir: Path, steps: int, seed: int) -> AutoencoderTiny:
+    """Train the micro VAE and return it in evaluation mode. Logs go to `output_dir`."""
     torch.manual_seed(seed)
-    crops = CropDataset(4096, steps * batch_size, seed)
+    pictures = PictureDataset(_NUM_SCENES, steps * _BATCH_SIZE, seed)
     vae = AutoencoderTiny(**VAE_CONFIG)
-    initialize(vae, torch.stack([crops[i]["pixel_values"] for i in range(256)]))
-    vae = vae.to(memory_format=torch.channels_last)
+    initialize(vae, torch.stack([pictures[i]["pixel_values"] for i in range(64)]))
+    return _fit(vae, pictures, output_dir, steps, seed, learning_rate=6e-4)
+
+
+def refine_decoder(vae: AutoencoderTiny, output_dir: Path, steps: int, seed: int) -> AutoencoderTiny:
+    """Go on training the decoder alone and return the VAE.
+
+    The encoder, and with it every latent that a transformer was trained on, stays as it is.
+    """
+    vae.encoder.requires_grad_(False)
+    pictures = PictureDataset(_NUM_SCENES, steps * _BATCH_SIZE, seed + 1)
+    return _fit(vae, pictures, output_dir, steps, seed, learning_rate=4e-4)
+
+
+def _fit(vae, pictures, output_dir: Path, steps: int, seed: int, learning_rate: float) -> AutoencoderTiny:
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=5e-4,
+        per_device_train_batch_size=_BATCH_SIZE,
+        learning_rate=learning_rate,
         adam_beta2=0.99,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(0.05 * steps),
@@ -136,8 +149,8 @@ def train_codec(output_dir: Path, steps: int, seed: int, batch_size: int = 16) -
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(model=CodecLoss(vae), args=arguments, train_dataset=crops)
-    trainer.train()
+    model = CodecLoss(vae.to(memory_format=torch.channels_last))
+    Trainer(model=model, args=arguments, train_dataset=pictures).train()
     return vae.eval()
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 
+from ...core.checkpoint import cast_file
 from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..kontext_pipeline import StableDiffusion3KontextPipeline
 from ..pretrain import parse, pretrain
 from .build import build_pipeline, build_tokenizer
-from .codec import round_trip_accuracy, train_codec
+from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
 from .sheet import result_sheet
 
@@ -50,7 +51,7 @@ class _Stages:
         temporary.replace(self.path)
 
 
-def make(out: Path, work: Path, seed: int, codec_steps: int, overrides: list[str]) -> dict:
+def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int, overrides: list[str]) -> dict:
     """Train codec, text encoder and transformer, evaluate, and write the model to `out` (published layout, fp16).
 
     Args:
@@ -58,13 +59,16 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, overrides: list[str
         work: folder for stages, checkpoints, logs and previews; a second call goes on from there.
         seed: the one seed of everything.
         codec_steps: optimizer steps of the VAE.
+        decoder_steps: further steps of its decoder, after the transformer, which never sees the decoder.
         overrides: further flags of `unipic2 train pretrain`, such as `["--max_steps", "100"]`.
 
     Returns:
         The results on held-out prompts and edits.
     """
     stages = _Stages(work, {"seed": seed, "codec_steps": codec_steps, "overrides": overrides})
-    vae_dir, init_dir, run_dir = work / "vae", work / "init", work / "run"
+    vae_dir, init_dir, run_dir, decoder_dir, model_dir = (
+        work / name for name in ("vae", "init", "run", "decoder", "model")
+    )
     config = Path(__file__).resolve().parent.parent / "configs" / "pretrain_micro.yaml"
     argv = ["--config", str(config), "--model_name_or_path", str(init_dir), "--output_dir", str(run_dir)]
     argv += ["--seed", str(seed), *([] if torch.cuda.is_available() else ["--use_cpu"]), *overrides]
@@ -80,11 +84,17 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, overrides: list[str
     checkpoints = list(run_dir.glob("checkpoint-*"))
     script_args.resume = bool(checkpoints)
     stages.run("pretrain", lambda: pretrain(script_args, args))
-    results = {}
+
+    def refine() -> None:
+        vae = AutoencoderTiny.from_pretrained(vae_dir)
+        refine_decoder(vae, work / "codec", decoder_steps, seed).save_pretrained(decoder_dir)
+
+    stages.run("decoder", refine)
 
     def score() -> None:
-        # Scores are of the exported weights, as people will load them.
-        pipeline = StableDiffusion3KontextPipeline.from_pretrained(run_dir / "export", torch_dtype=torch.float32)
+        _assemble(run_dir / "export", decoder_dir, model_dir, getattr(torch, args.export_dtype))
+        # Scores are of the finished weights, as people will load them.
+        pipeline = StableDiffusion3KontextPipeline.from_pretrained(model_dir, torch_dtype=torch.float32)
         scores, drawn = evaluate(pipeline, 256, _HELD_OUT_SEED)
         scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, _HELD_OUT_SEED), 4)
         result_sheet(drawn).save(work / "results.png")
@@ -92,8 +102,18 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, overrides: list[str
 
     stages.run("evaluate", score)
     results = json.loads((work / "results.json").read_text(encoding="utf-8"))
-    _publish(run_dir / "export", out, card(stages.state["minutes"], seed, codec_steps, args.max_steps, results))
+    steps = {"codec": codec_steps, "pretrain": args.max_steps, "decoder": decoder_steps}
+    _publish(model_dir, out, card(stages.state["minutes"], seed, steps, results))
     return results
+
+
+def _assemble(export: Path, decoder: Path, model: Path, dtype: torch.dtype) -> None:
+    """Put the exported pipeline and the refined VAE together in one folder."""
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(export, model, ignore=shutil.ignore_patterns("vae"))
+    shutil.copytree(decoder, model / "vae")
+    for file in (model / "vae").glob("*.safetensors"):
+        cast_file(file, dtype)
 
 
 def _publish(export: Path, out: Path, text: str) -> None:
@@ -105,7 +125,7 @@ def _publish(export: Path, out: Path, text: str) -> None:
     unfinished.rename(out)
 
 
-def card(minutes: dict, seed: int, codec_steps: int, max_steps: int, results: dict) -> str:
+def card(minutes: dict, seed: int, steps: dict, results: dict) -> str:
     """Return the model card as Markdown."""
     rows = []
     for task in ("t2i", "edit"):
@@ -113,6 +133,7 @@ def card(minutes: dict, seed: int, codec_steps: int, max_steps: int, results: di
         rows += [f"| {kind} | {s['strict']:.3f} | {s['soft']:.3f} | {s['n']} |" for kind, s in scores.items()]
     total = sum(minutes.values())
     spent = ", ".join(f"{name} {value}" for name, value in minutes.items())
+    taken = ", ".join(f"{name} {count}" for name, count in steps.items())
     return f"""# Micro UniPic2 (pretrained)
 
 A complete UniPic2 for 64x64 pictures of coloured shapes: transformer, VAE (TAESD architecture) and CLIP text encoder
@@ -124,9 +145,8 @@ Made by one command, {total:.0f} minutes on {torch.get_num_threads()} CPU thread
 unipic2 micro make --seed {seed}
 ```
 
-Codec {codec_steps} steps, transformer and text encoder {max_steps} steps, torch {torch.__version__.partition("+")[0]},
-{platform.machine()}. Sampling: FlowMatchEuler, {NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE}
-(ComfyUI: euler, normal). No reinforcement learning.
+Optimizer steps: {taken}; torch {torch.__version__.partition("+")[0]}, {platform.machine()}. No reinforcement
+learning. Sampling: FlowMatchEuler, {NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE} (ComfyUI: euler, normal).
 
 Codec round trip, strict: {results["codec_round_trip"]:.3f} on 512 held-out scenes.
 

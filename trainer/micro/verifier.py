@@ -1,7 +1,8 @@
 """The verifier: reads a picture of the micro world and judges, clause by clause, whether it is what was asked.
 
-Reading: find the ground, take the connected components that differ from it, give each the colour that most of
-its inside has, and the shape whose ideal drawing in its box overlaps best. Judging is exact on what was read.
+Reading: find the ground, take the connected components that differ from it, give each the colour that most of its
+inside has, and the shape whose ideal drawing overlaps best with how much of each pixel it covers. Judging is exact
+on what was read.
 """
 
 from dataclasses import dataclass
@@ -20,10 +21,15 @@ _GROUND_DISTANCE = 60.0  # RGB distance from the ground at which a pixel belongs
 _LEAST_AREA = 16  # pixels; smaller specks are codec noise, the smallest shape covers about 90
 _LEAST_OVERLAP = 0.78  # intersection over union with the ideal shape; half-drawn shapes stay under it
 _LEAST_PURITY = 0.8  # share of the inside that must have one colour
+_MOST_FADED = 90.0  # RGB distance of a thing's median from its colour
+_LEAST_EDGE = 2 * MIN_RADIUS - 4  # pixels; a shape drawn smaller is no shape
 _MOST_ASPECT = 1.35  # longer over shorter edge of the box
 _SAME_PLACE = 4.0  # pixels that the centre of an untouched thing may shift
 _SAME_RADIUS = 2.5  # pixels that its radius may change
 _TEMPLATE_EDGE = 96
+_MARGIN = 2  # pixels kept around a component's box
+_TRIES = [(shape, 0, 0) for shape in SHAPES] + [("triangle", top, side) for top in (0, 1, 2) for side in (0, 1)]
+# (shape, pixels that its box reaches above the component's, and to either side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +58,48 @@ class Verdict:
         return sum(c.passed for c in self.clauses) / len(self.clauses)
 
 
-@lru_cache(maxsize=len(SHAPES))
-def _template(shape: str) -> np.ndarray:
+@lru_cache(maxsize=4096)
+def _template(shape: str, height: int, width: int) -> np.ndarray:
+    """Return the ideal coverage (height, width), 0 to 1, of a shape that fills its box."""
     image = Image.new("L", (_TEMPLATE_EDGE, _TEMPLATE_EDGE), 0)
     half = _TEMPLATE_EDGE / 2
     draw_shape(ImageDraw.Draw(image), shape, half - 0.5, half - 0.5, half, 255)
-    return np.asarray(image)
+    return np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def _shape_of(mask: np.ndarray) -> str | None:
-    """Return the shape that a component's box (H, W, bool) holds, or None when none fits."""
-    height, width = mask.shape
-    if max(height, width) > _MOST_ASPECT * min(height, width):
+def _shape_of(coverage: np.ndarray) -> str | None:
+    """Return the shape that a coverage map (H, W), 0 to 1, with a free border of `_MARGIN`, holds, or None.
+
+    A codec blunts a triangle's corners, which makes its box too small, so larger boxes are tried for it.
+    """
+    height, width = (edge - 2 * _MARGIN for edge in coverage.shape)
+    if max(height, width) > _MOST_ASPECT * min(height, width) or max(height, width) < _LEAST_EDGE:
         return None
-    overlaps = {}
-    for shape in SHAPES:
-        ideal = Image.fromarray(_template(shape)).resize((width, height), Image.Resampling.BOX)
-        ideal = np.asarray(ideal) >= 128
-        overlaps[shape] = (mask & ideal).sum() / max(1, (mask | ideal).sum())
-    best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] >= _LEAST_OVERLAP else None
+    best, best_overlap = None, _LEAST_OVERLAP
+    for shape, top, side in _TRIES:
+        box = coverage[_MARGIN - top : _MARGIN + height, _MARGIN - side : _MARGIN + width + side]
+        ideal = _template(shape, *box.shape)
+        outside = coverage.sum() - box.sum()
+        overlap = np.minimum(box, ideal).sum() / (np.maximum(box, ideal).sum() + outside)
+        if overlap >= best_overlap:
+            best, best_overlap = shape, overlap
+    return best
 
 
-def _color_of(pixels: np.ndarray) -> str | None:
-    """Return the colour of most of these pixels (N, 3), or None when they are mixed."""
-    names = list(COLORS)
-    palette = np.array([COLORS[n] for n in names], dtype=np.float32)
-    nearest = np.linalg.norm(pixels[:, None] - palette[None], axis=-1).argmin(1)
-    counts = np.bincount(nearest, minlength=len(names))
+def _distances(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
+    """Return the RGB distances (..., P) of pixels (..., 3) to the P colours of a palette."""
+    return np.linalg.norm(pixels[..., None, :] - np.array(list(palette.values()), dtype=np.float32), axis=-1)
+
+
+def _color_of(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """Return the colour of most of these pixels (N, 3), None when they are mixed or faded, and their median RGB."""
+    shade = np.median(pixels, axis=0)
+    nearest = _distances(pixels, COLORS).argmin(-1)
+    counts = np.bincount(nearest, minlength=len(COLORS))
     best = int(counts.argmax())
-    return names[best] if counts[best] >= _LEAST_PURITY * len(pixels) else None
+    pure = counts[best] >= _LEAST_PURITY * len(pixels)
+    full = _distances(shade, COLORS)[best] <= _MOST_FADED
+    return list(COLORS)[best] if pure and full else None, shade
 
 
 def read_scene(image: Image.Image) -> Scene:
@@ -94,11 +112,13 @@ def read_scene(image: Image.Image) -> Scene:
         expected = f"{IMAGE_SIZE}x{IMAGE_SIZE} pixels"
         raise InputError("picture for the verifier", found=f"{image.width}x{image.height}", expected=expected)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    names = [*GROUNDS, *COLORS]
-    palette = np.array([*GROUNDS.values(), *COLORS.values()], dtype=np.float32)
-    nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
-    ground = names[int(np.bincount(nearest.ravel(), minlength=len(names))[: len(GROUNDS)].argmax())]
-    thing_mask = np.linalg.norm(pixels - np.array(GROUNDS[ground], dtype=np.float32), axis=-1) > _GROUND_DISTANCE
+    to_ground, to_color = _distances(pixels, GROUNDS), _distances(pixels, COLORS)
+    light = to_ground.min(-1) < to_color.min(-1)
+    counts = np.bincount(to_ground.argmin(-1)[light], minlength=len(GROUNDS))
+    ground = list(GROUNDS)[int(counts.argmax())]
+    from_ground = to_ground[..., int(counts.argmax())]
+    # Nearer to a colour, so that the blur between two close things stays ground; and clearly off the ground.
+    thing_mask = (to_color.min(-1) < from_ground) & (from_ground > _GROUND_DISTANCE)
     labels, _ = ndimage.label(thing_mask)
     things = []
     for i, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -106,19 +126,29 @@ def read_scene(image: Image.Image) -> Scene:
         if mask.sum() < _LEAST_AREA:
             continue
         inside = ndimage.binary_erosion(mask)
-        inside = inside if inside.any() else mask
+        color, shade = _color_of(pixels[box][inside if inside.any() else mask])
         top, left = box[0].start, box[1].start
         height, width = mask.shape
+        coverage = _coverage(pixels, labels, i, np.array(GROUNDS[ground], dtype=np.float32), shade)
+        padded = np.pad(coverage, _MARGIN)[top : top + height + 2 * _MARGIN, left : left + width + 2 * _MARGIN]
         things.append(
             Thing(
-                shape=_shape_of(mask) or "unknown",
-                color=_color_of(pixels[box][inside]) or "unknown",
+                shape=_shape_of(padded) or "unknown",
+                color=color or "unknown",
                 x=round(left + width / 2),
                 y=round(top + height / 2),
                 radius=round((height + width) / 4),
             )
         )
     return Scene(ground, tuple(things))
+
+
+def _coverage(pixels: np.ndarray, labels: np.ndarray, label: int, ground: np.ndarray, shade: np.ndarray) -> np.ndarray:
+    """Return how much of each pixel (H, W) component `label` covers, 0 to 1: its place between ground and shade."""
+    toward = shade - ground
+    coverage = ((pixels - ground) @ toward / (toward @ toward)).clip(0, 1)
+    near = ndimage.binary_dilation(labels == label, iterations=1)
+    return np.where(near & np.isin(labels, (0, label)), coverage, 0)
 
 
 def verify_t2i(image: Image.Image, task: T2ITask) -> Verdict:

@@ -20,7 +20,6 @@ COLORS = {
     "blue": (44, 84, 220),
     "yellow": (244, 204, 30),
     "purple": (148, 56, 186),
-    "orange": (246, 128, 24),
     "black": (36, 36, 40),
 }
 
@@ -28,13 +27,12 @@ GROUNDS = {
     "white": (248, 248, 248),
     "gray": (200, 200, 204),
     "beige": (238, 220, 188),
-    "pink": (250, 212, 222),
 }
 
-MIN_RADIUS, MAX_RADIUS = 7, 11
+MIN_RADIUS, MAX_RADIUS = 8, 11
 MAX_OBJECTS = 4
 _BORDER = 2  # pixels between a shape's box and the picture's edge
-_GAP = 3  # pixels between two shapes' boxes
+_GAP = 4  # pixels between two shapes' boxes
 _SUPERSAMPLE = 4
 CROSS_ARM = 0.36  # half width of a cross's arm, as a share of its radius
 
