@@ -1,0 +1,7 @@
+"""`python -m unipic2.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
