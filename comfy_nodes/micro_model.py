@@ -1,0 +1,259 @@
+"""Load a micro model (published folder layout) into ComfyUI's own MODEL, CLIP and VAE. No nodes here."""
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import comfy.clip_model
+import comfy.latent_formats
+import comfy.model_detection
+import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.taesd.taesd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.supported_models_base import ClipTarget
+
+from ..core.errors import InputError
+from ..core.micro import TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
+
+FOLDER_KEY = "unipic2"
+BUNDLED = "micro (bundled)"
+CLIP_KEY = "unipic2_micro"
+"""Key of the micro tokens in what `clip.tokenize` returns."""
+
+
+def register_folder() -> None:
+    """Make `models/unipic2` a model folder that `extra_model_paths.yaml` can extend."""
+    folder_paths.add_model_folder_path(FOLDER_KEY, str(Path(folder_paths.models_dir) / FOLDER_KEY))
+
+
+def available_models() -> dict[str, Path]:
+    """Return name -> folder: the bundled model first, then every folder in `models/unipic2` with a transformer."""
+    found = {BUNDLED: weights_dir()}
+    for base in folder_paths.get_folder_paths(FOLDER_KEY):
+        for config in sorted(Path(base).glob("*/transformer/config.json")):
+            found.setdefault(config.parents[1].name, config.parents[1])
+    return found
+
+
+def load(folder: Path):
+    """Return `(MODEL, CLIP, VAE)` of the micro model in `folder`.
+
+    Raises:
+        InputError: a file is missing, unreadable or truncated, its tensors are not those of a micro model,
+            or its config disagrees with them.
+    """
+    model, width = _load_transformer(folder / "transformer")
+    clip, context_width = _load_text_encoder(folder)
+    if context_width != width:
+        raise InputError(
+            f"text encoder in {folder}", found=f"hidden_size {context_width}", expected=f"{width} (the transformer's)"
+        )
+    return model, clip, _load_vae(folder / "vae")
+
+
+def _load_transformer(folder):
+    config = _read_config(folder / "config.json")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    # A copy, because the conversion rewrites some tensors in place.
+    diffusers = {key: tensor.clone() for key, tensor in _read_weights(path).items()}
+    _check_transformer_config(folder / "config.json", config, diffusers)
+    _check_fused(path, diffusers, config["num_layers"])
+    converted = comfy.model_detection.convert_diffusers_mmdit(diffusers) or {}
+    if diffusers or not converted:
+        raise InputError(
+            f"{path}",
+            found=f"{len(diffusers)} unknown tensors, for example {min(diffusers, default='none')!r}",
+            expected="the tensors of a diffusers SD3Transformer2DModel",
+        )
+    context_width = converted["context_embedder.weight"].shape[1]
+    shapes = {key: tuple(tensor.shape) for key, tensor in converted.items()}
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(converted)
+    except RuntimeError as error:  # torch: "size mismatch for ..."
+        raise InputError(f"{path}", found="tensors that do not fit together", remedy=f"{error}") from error
+    if model is None:
+        raise InputError(f"{path}", found="an unknown architecture", expected="an SD3 transformer")
+    _check_tensors(path, shapes, model.model.diffusion_model.state_dict())
+    return model, context_width
+
+
+def _load_text_encoder(folder):
+    config_path, path = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
+    config = {**TEXT_ENCODER_CONFIG, **_read_config(config_path)}
+    missing = [key for key in ("vocab_size", "bos_token_id", "eos_token_id") if not isinstance(config.get(key), int)]
+    if missing:
+        raise InputError(f"{config_path}", found=f"no {', '.join(missing)}", expected="a CLIP text model's config")
+    if config["hidden_act"] not in comfy.clip_model.ACTIVATIONS:
+        raise InputError(f"{config_path}, hidden_act", found=config["hidden_act"], expected="gelu")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        _require_file(folder / "tokenizer" / name)
+    weights = _read_weights(path)
+    expected = _TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict()
+    _check_tensors(path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
+
+    arguments = {
+        "embedding_directory": folder_paths.get_folder_paths("embeddings"),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "model_options": {"dtype": weights["text_projection.weight"].dtype},
+    }
+    # ComfyUI loads the weights in the constructor from 0.4 on; before that afterwards.
+    in_constructor = "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
+    if in_constructor:
+        arguments["state_dict"] = [weights]
+    clip = comfy.sd.CLIP(_clip_target(folder / "tokenizer", config), **arguments)
+    if not in_constructor:
+        clip.load_sd(weights)
+    return clip, config["hidden_size"]
+
+
+def _clip_target(tokenizer_folder, config):
+    """Describe the micro text encoder to `comfy.sd.CLIP`, with SD3's conventions for CLIP.
+
+    The conditioning is the state before the last layer without the final norm; pooled is the projected end token.
+    """
+    start, end, length = config["bos_token_id"], config["eos_token_id"], config["max_position_embeddings"]
+    text_model = partial(
+        comfy.sd1_clip.SDClipModel,
+        max_length=length,
+        layer="hidden",
+        layer_idx=-2,
+        textmodel_json_config=config,
+        model_class=_TextModel,
+        special_tokens={"start": start, "end": end, "pad": end},
+        layer_norm_hidden_state=False,
+        return_projected_pooled=True,
+    )
+    tokenizer = partial(
+        comfy.sd1_clip.SDTokenizer,
+        str(tokenizer_folder),
+        max_length=length,
+        embedding_size=config["hidden_size"],
+        embedding_key=CLIP_KEY,
+    )
+    return ClipTarget(
+        partial(comfy.sd1_clip.SD1Tokenizer, name=CLIP_KEY, tokenizer=tokenizer),
+        partial(comfy.sd1_clip.SD1ClipModel, name=CLIP_KEY, clip_model=text_model),
+    )
+
+
+class _TextModel(comfy.clip_model.CLIPTextModel):
+    """ComfyUI's CLIP text model with the vocabulary of the config instead of CLIP's 49408 tokens."""
+
+    def __init__(self, config, dtype, device, operations):
+        super().__init__(config, dtype, device, operations)
+        embedding = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
+        self.set_input_embeddings(embedding)
+
+
+def _load_vae(folder):
+    config_path, path = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    config = _read_config(config_path)
+    for key, value in VAE_CONFIG.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{config_path}, {key}", found=config[key], expected=value)
+    weights = {_taesd_key(key): tensor for key, tensor in _read_weights(path).items()}
+    expected = comfy.taesd.taesd.TAESD(latent_channels=VAE_CONFIG["latent_channels"]).state_dict()
+    sd3 = comfy.latent_formats.SD3()
+    # ComfyUI divides by these after encoding and SD3's latent format multiplies again: TAESD's latents come out.
+    weights["vae_scale"] = torch.tensor(sd3.scale_factor)
+    weights["vae_shift"] = torch.tensor(sd3.shift_factor)
+    _check_tensors(path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
+    return comfy.sd.VAE(sd=weights)
+
+
+def _taesd_key(key):
+    """Rename a tensor of diffusers' `AutoencoderTiny`; ComfyUI's decoder counts the clamp as its first layer."""
+    side, layers, *rest = key.split(".", 3)
+    if layers != "layers" or len(rest) != 2 or not rest[0].isdecimal():
+        return key
+    index = int(rest[0]) + (side == "decoder")
+    return f"taesd_{side}.{index}.{rest[1]}"
+
+
+def _check_transformer_config(path, config, weights):
+    """Compare the config's sizes with the tensors' (ComfyUI itself reads only the tensors)."""
+
+    def size(key, dimension):
+        return weights[key].shape[dimension] if key in weights else None
+
+    blocks = {key.split(".")[1] for key in weights if key.startswith("transformer_blocks.")}
+    found = {
+        "num_layers": len(blocks),
+        "num_attention_heads": (size("pos_embed.proj.weight", 0) or 0) // 64,
+        "in_channels": size("pos_embed.proj.weight", 1),
+        "joint_attention_dim": size("context_embedder.weight", 1),
+        "pooled_projection_dim": size("time_text_embed.text_embedder.linear_1.weight", 1),
+    }
+    for key, value in found.items():
+        if config.get(key) != value:
+            raise InputError(
+                f"{path}, {key}",
+                found=config.get(key),
+                expected=f"{value}, the size of the weights beside it",
+                remedy="Copy transformer/ again as a whole.",
+            )
+
+
+def _check_fused(path, weights, num_layers):
+    """Require all parts of what ComfyUI fuses (query, key, value): it would leave a missing part uninitialised."""
+    sizes = {"depth": num_layers, "num_blocks": num_layers}
+    fused = {}
+    for key, target in comfy.utils.mmdit_to_diffusers(sizes).items():
+        fused.setdefault(target if isinstance(target, str) else target[0], []).append(key)
+    parts = [part for part in fused.values() if any(key in weights for key in part)]
+    _check_names(path, weights.keys(), {key for part in parts for key in part} | weights.keys())
+
+
+def _check_names(path, found, expected):
+    for kind, names in (("missing", expected - found), ("unknown", found - expected)):
+        if names:
+            raise InputError(
+                f"{path}",
+                found=f"{len(names)} {kind} tensors, for example {min(names)!r}",
+                expected="the tensors of a micro UniPic2",
+                remedy="Copy the file again or export it again.",
+            )
+
+
+def _check_tensors(path, found, expected):
+    """Require that `found` (name -> shape) has exactly the names and shapes of `expected` (name -> tensor)."""
+    _check_names(path, found.keys(), expected.keys())
+    for name, tensor in expected.items():
+        if found[name] != tuple(tensor.shape):
+            raise InputError(f"{path}, tensor {name}", found=found[name], expected=tuple(tensor.shape))
+
+
+def _require_file(path):
+    if not path.is_file():
+        raise InputError(
+            f"{path}",
+            found="no such file",
+            expected="a complete micro model folder",
+            remedy="Needed are transformer/, vae/, text_encoder/ and tokenizer/. Copy the folder again as a whole.",
+        )
+
+
+def _read_config(path) -> dict:
+    _require_file(path)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}", found=f"{error}", expected="a JSON object") from error
+
+
+def _read_weights(path) -> dict:
+    _require_file(path)
+    try:
+        return comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception as error:  # the reader's own exception types differ between ComfyUI versions
+        raise InputError(
+            f"{path}",
+            found=f"a file that cannot be read ({error})",
+            expected="a complete safetensors file",
+            remedy="Copy or download it again.",
+        ) from error

@@ -1,0 +1,337 @@
+"""Runs inside ComfyUI's own Python: load the pack as ComfyUI does, run every case, write what came out.
+
+    python comfyui_process.py COMFYUI_ROOT PACK MODELS_FOLDER WORK_FOLDER
+
+Reads `inputs.safetensors` and `prompts.json` from WORK_FOLDER, writes `outputs.safetensors` and `report.json`.
+The tests beside this file compare them with the trainer's models; nothing is judged here.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT, PACK, MODELS, WORK = map(Path, sys.argv[1:5])
+sys.path.insert(0, str(ROOT))
+sys.argv = ["main.py", "--cpu"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.clip_vision  # noqa: E402
+import comfy.model_management as mm  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.text_encoders.sd3_clip as sd3_clip  # noqa: E402
+import folder_paths  # noqa: E402
+import nodes  # noqa: E402
+import torch  # noqa: E402
+from comfy.patcher_extension import CallbacksMP, WrappersMP  # noqa: E402
+from comfy.supported_models_base import ClipTarget  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+INPUTS = load_file(WORK / "inputs.safetensors")
+PROMPTS = json.loads((WORK / "prompts.json").read_text())
+CASES = sorted({key.rsplit(".", 1)[0] for key in INPUTS if key.endswith(".reference")})
+STEPS, CFG, SEED = 20, 3.0, 7
+
+outputs: dict[str, torch.Tensor] = {}
+report: dict = {}
+
+
+def node(name, **arguments):
+    """Run a V3 node and return its outputs."""
+    return nodes.NODE_CLASS_MAPPINGS[name].execute(**arguments).args
+
+
+def loaded(model):
+    """Load a MODEL with its patches and return ComfyUI's transformer."""
+    mm.unload_all_models()
+    mm.load_models_gpu([model])
+    return model.model.diffusion_model
+
+
+def predict(model, case, reference, batch=None, **options):
+    data = {key: INPUTS[f"{case}.{key}"][:batch] for key in ("x", "timestep", "context", "pooled", "reference")}
+    extra = {"ref_latents": [data["reference"]]} if reference else {}
+    transformer = loaded(model)
+    return transformer(data["x"], data["timestep"], context=data["context"], y=data["pooled"], **extra, **options)
+
+
+def load_pack():
+    for path in ("nodes_sd3.py", "nodes_easycache.py"):  # stock nodes that the workflows and cases use
+        asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
+    folder_paths.add_model_folder_path("unipic2", str(MODELS))
+    modules, before = set(sys.modules), set(nodes.NODE_CLASS_MAPPINGS)
+    report["loaded"] = asyncio.run(nodes.load_custom_node(str(PACK)))
+    report["new_modules"] = sorted(set(sys.modules) - modules)
+    report["nodes"] = [name for name in nodes.NODE_CLASS_MAPPINGS if name not in before]
+    report["folders"] = folder_paths.get_folder_paths("unipic2")
+
+
+def object_info():
+    """What `/object_info` says of the nodes in the workflows."""
+    names = ["KSampler", "LoadImage", "SaveImage", "VAEDecode", "VAELoader", "UNETLoader", "EmptySD3LatentImage"]
+    for name in [*names, "TripleCLIPLoader", *report["nodes"]]:
+        cls = nodes.NODE_CLASS_MAPPINGS[name]
+        if hasattr(cls, "GET_NODE_INFO_V1"):
+            info = cls.GET_NODE_INFO_V1()
+        else:
+            types = cls.INPUT_TYPES()
+            info = {
+                "input": types,
+                "input_order": {kind: list(inputs) for kind, inputs in types.items()},
+                "output": cls.RETURN_TYPES,
+                "output_name": getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES),
+                "output_node": getattr(cls, "OUTPUT_NODE", False),
+            }
+        report.setdefault("object_info", {})[name] = info
+
+
+def forward(model, editing):
+    for case in CASES:
+        outputs[f"forward.{case}.stock"] = predict(model, case, reference=False)
+        outputs[f"forward.{case}.t2i"] = predict(editing, case, reference=False)
+        outputs[f"forward.{case}.edit"] = predict(editing, case, reference=True)
+    # The MODEL that was patched is the stock one again, and patching twice is patching once.
+    outputs["forward.stock_again"] = predict(model, CASES[0], reference=False)
+    (twice,) = node("UniPic2EnableEditing", model=editing)
+    outputs["forward.twice"] = predict(twice, CASES[0], reference=True)
+
+
+def text(clip):
+    for name, prompt in PROMPTS.items():
+        positive, negative = node("UniPic2TextEncode", clip=clip, prompt=prompt, negative_prompt="")
+        outputs[f"text.{name}.states"], outputs[f"text.{name}.pooled"] = unpack(positive)
+        outputs[f"text.{name}.negative"] = unpack(negative)[0]
+        (stock,) = nodes.CLIPTextEncode().encode(clip, prompt)
+        outputs[f"text.{name}.stock_states"], outputs[f"text.{name}.stock_pooled"] = unpack(stock)
+    weighted = "a (red:1.3) circle"
+    outputs["text.weighted"] = unpack(node("UniPic2TextEncode", clip=clip, prompt=weighted, negative_prompt="")[0])[0]
+    outputs["text.weighted_stock"] = unpack(nodes.CLIPTextEncode().encode(clip, weighted)[0])[0]
+
+
+def unpack(conditioning):
+    ((states, values),) = conditioning
+    return states.clone(), values["pooled_output"].clone()
+
+
+def sd3_text():
+    """The real SD3 tokenizers in front of narrow, one-layer encoders; the tokens that reach them are kept."""
+    small = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
+    # T5's width stays 4096, which SD3's text encoder pads CLIP to.
+    t5 = {"num_layers": 1, "d_model": 4096, "d_ff": 16, "d_kv": 16, "num_heads": 1}
+    options = {"clip_l_model_config": small, "clip_g_model_config": small, "t5xxl_model_config": t5}
+    options["dtype"] = torch.float16
+    clip = comfy.sd.CLIP(ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip()), model_options=options)
+    for parameter in clip.cond_stage_model.parameters():
+        parameter.zero_()
+    encode, seen = clip.cond_stage_model.encode_token_weights, []
+
+    def recording(tokens):
+        seen.append({key: [[token for token, _ in chunk] for chunk in chunks] for key, chunks in tokens.items()})
+        return encode(tokens)
+
+    clip.cond_stage_model.encode_token_weights = recording
+    for name in ("short", "empty", "long"):
+        positive, negative = node("UniPic2TextEncode", clip=clip, prompt=PROMPTS[name], negative_prompt="blurry")
+        report[f"sd3_tokens.{name}"] = seen[-2]
+        report[f"sd3_shapes.{name}"] = [list(part[0][0].shape) for part in (positive, negative)]
+    report["sd3_option_left_behind"] = clip.tokenizer_options
+
+
+def vae_and_latents(model, vae):
+    image = INPUTS["image"]
+    latents = vae.encode(image)
+    outputs["vae.latents"] = latents
+    outputs["vae.model_latents"] = model.model.process_latent_in(latents)
+    outputs["vae.decoded"] = vae.decode(model.model.process_latent_out(INPUTS["latents"]))
+
+
+def sampling(model, clip, vae):
+    positive, negative = node("UniPic2TextEncode", clip=clip, prompt="make it blue", negative_prompt="a circle")
+    batches = []
+
+    def count(executor, x, *args, **kwargs):
+        batches.append(x.shape[0])
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", count)
+    for name, image in (("t2i", None), ("edit", INPUTS["image"][:1]), ("edit_batch", INPUTS["image"])):
+        latent = {"samples": torch.zeros(1, 16, 8, 12)}
+        conds = (positive, negative)
+        if image is not None:
+            *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=image)
+        batches.clear()
+        (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        outputs[f"sampling.{name}.noise"] = comfy.sample.prepare_noise(latent["samples"], SEED)
+        outputs[f"sampling.{name}.latents"] = model.model.process_latent_in(sampled["samples"])
+        report[f"sampling.{name}.batches"] = list(batches)
+    *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"])
+    report["reference_keys"] = [len(part[0][1]["reference_latents"]) for part in conds]
+    report["input_keys"] = ["reference_latents" in part[0][1] for part in (positive, negative)]
+    outputs["reference"], outputs["reference_empty"] = conds[0][0][1]["reference_latents"][0], latent["samples"]
+    # One picture: ComfyUI 0.3.64's EasyCache cannot take more.
+    *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
+    easycache(model, conds, latent)
+
+
+def easycache(model, conds, latent):
+    """Count how often the transformer's blocks run with the stock EasyCache node."""
+    (cached,) = node("EasyCache", model=model, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
+    runs = []
+    hook = model.model.diffusion_model.joint_blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    nodes.KSampler().sample(cached, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    hook.remove()
+    report["easycache_runs"] = len(runs)
+
+
+def lora(model, editing):
+    """A LoRA through ComfyUI's loader, before and behind Enable Editing."""
+    weights = {"alpha": torch.tensor(2.0), "lora_A.weight": INPUTS["lora.down"], "lora_B.weight": INPUTS["lora.up"]}
+    file = {f"transformer.transformer_blocks.1.attn.to_k.{key}": value for key, value in weights.items()}
+
+    def apply(target):
+        return comfy.sd.load_lora_for_models(target, None, dict(file), 1.0, 0.0)[0]
+
+    case = "96x64x1"
+    outputs["lora.behind"] = predict(apply(editing), case, reference=True)
+    outputs["lora.before"] = predict(node("UniPic2EnableEditing", model=apply(model))[0], case, reference=True)
+
+
+def controlnet(editing):
+    residuals = [INPUTS["control"][0], INPUTS["control"][1], None]
+    outputs["control.edit"] = predict(editing, "96x64x1", reference=True, control={"output": list(residuals)})
+
+
+def further_gpu(editing):
+    """ComfyUI clones a patcher for each further GPU and puts a freshly loaded model into the clone."""
+    other, _, _ = node("UniPic2MicroLoader", model="random")
+    clone = editing.clone()
+    clone.model = other.model
+    for callback in editing.get_all_callbacks(CallbacksMP.ON_CLONE):
+        callback(editing, clone)
+    report["clone_runs_its_own_model"] = (
+        clone.object_patches["diffusion_model.forward"].diffusion_model is other.model.diffusion_model
+    )
+    outputs["clone.edit"] = predict(clone, CASES[0], reference=True)
+
+
+def memory(editing):
+    """Bytes that ComfyUI reserves for a 512x512 picture with and without a reference of the same size."""
+    loaded(editing)
+    model, latent = editing.model, torch.zeros(1, 16, 64, 64)
+    shapes = {key: [value] for key, value in model.extra_conds_shapes(reference_latents=[latent]).items()}
+    report["memory"] = [model.memory_required(list(latent.shape), cond_shapes=s) for s in ({}, shapes)]
+
+
+def errors(model, clip, vae):
+    """Every refusal, as `type: message`."""
+    cfg = comfy.supported_models.SD15(
+        {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1],
+         "channel_mult": [1], "num_heads": 1, "use_spatial_transformer": True, "transformer_depth": [0],
+         "transformer_depth_output": [0, 0], "transformer_depth_middle": -1, "num_head_channels": -1,
+         "context_dim": 32, "legacy": False, "adm_in_channels": None, "use_linear_in_transformer": False},
+    )  # fmt: skip
+    unet = comfy.model_patcher.ModelPatcher(cfg.get_model({}, ""), torch.device("cpu"), torch.device("cpu"))
+    positive, negative = node("UniPic2TextEncode", clip=clip, prompt="", negative_prompt="")
+    reference = {"positive": positive, "negative": negative, "vae": vae}
+    four = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    size = {"longer_edge": 64, "multiple": 32}
+    image = INPUTS["image"]
+    attempts = {
+        "architecture": lambda: node("UniPic2EnableEditing", model=unet),
+        "odd_size": lambda: node("UniPic2Reference", **reference, image=image[:, :60, :90]),
+        "no_vae": lambda: node("UniPic2Reference", **{**reference, "vae": None}, image=image),
+        "wrong_vae": lambda: node("UniPic2Reference", **{**reference, "vae": four}, image=image),
+        "empty_batch": lambda: node("UniPic2EditImageSize", image=image[:0], **size),
+        "empty_picture": lambda: node("UniPic2EditImageSize", image=image[:, :, :0], **size),
+        "two_channels": lambda: node("UniPic2EditImageSize", image=image[..., :2], **size),
+        "short_edge": lambda: node("UniPic2EditImageSize", image=image, longer_edge=32, multiple=64),
+        "no_clip": lambda: node("UniPic2TextEncode", clip=None, prompt="", negative_prompt=""),
+        "wrong_clip": lambda: node("UniPic2TextEncode", clip=Flux(), prompt="", negative_prompt=""),
+        "unknown_model": lambda: node("UniPic2MicroLoader", model="absent"),
+        "wrong_reference": lambda: sample_with_reference(model, positive, negative),
+    }
+    for folder in ("truncated", "no_vae", "wrong_config", "wrong_tensors"):
+        attempts[f"folder_{folder}"] = lambda folder=folder: node("UniPic2MicroLoader", model=folder)
+    report["errors"] = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            report["errors"][name] = "no error"
+        except Exception as error:
+            report["errors"][name] = f"{type(error).__name__}: {error}"
+
+
+class Flux:
+    """A text encoder of another family: ComfyUI's Flux tokenizer."""
+
+    def __init__(self):
+        import comfy.text_encoders.flux
+
+        self.tokenizer = comfy.text_encoders.flux.FluxTokenizer()
+
+    def clone(self):
+        return self
+
+    def set_tokenizer_option(self, *_):
+        pass
+
+    def tokenize(self, prompt, **options):
+        return self.tokenizer.tokenize_with_weights(prompt, **options)
+
+
+def sample_with_reference(model, positive, negative):
+    (editing,) = node("UniPic2EnableEditing", model=model)
+    values = {"reference_latents": [torch.zeros(1, 4, 8, 8)]}
+    conds = [[[part[0][0], {**part[0][1], **values}]] for part in (positive, negative)]
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", *conds, latent)
+
+
+def pictures():
+    ramp = torch.linspace(0, 1, 200).expand(1, 100, 200)[..., None]
+    image, width, height = node("UniPic2EditImageSize", image=ramp, longer_edge=64, multiple=32)
+    outputs["size.grey"] = image.contiguous()
+    report["size"] = [width, height]
+    rgba = torch.cat([torch.zeros(1, 64, 64, 3), torch.linspace(0, 1, 64).expand(1, 64, 64)[..., None]], dim=-1)
+    outputs["size.rgba"] = node("UniPic2EditImageSize", image=rgba, longer_edge=64, multiple=32)[0]
+    checker = (torch.arange(512)[:, None] + torch.arange(512)).remainder(2).float().expand(3, 512, 512).movedim(0, -1)
+    outputs["size.checker"] = node("UniPic2EditImageSize", image=checker[None], longer_edge=64, multiple=32)[0]
+    outputs["size.same"] = node("UniPic2EditImageSize", image=INPUTS["image"], longer_edge=96, multiple=32)[0]
+
+
+def main():
+    load_pack()
+    with torch.inference_mode():
+        object_info()
+        model, clip, vae = node("UniPic2MicroLoader", model="random")
+        (editing,) = node("UniPic2EnableEditing", model=model)
+        steps = {
+            forward: (model, editing),
+            text: (clip,),
+            sd3_text: (),
+            vae_and_latents: (model, vae),
+            sampling: (editing, clip, vae),
+            lora: (model, editing),
+            controlnet: (editing,),
+            further_gpu: (editing,),
+            memory: (editing,),
+            errors: (model, clip, vae),
+            pictures: (),
+        }
+        for step, arguments in steps.items():
+            start = time.perf_counter()
+            step(*arguments)
+            report.setdefault("seconds", {})[step.__name__] = round(time.perf_counter() - start, 2)
+    tensors = {key: value.float().contiguous().clone() for key, value in outputs.items()}
+    save_file(tensors, WORK / "outputs.safetensors")
+    (WORK / "report.json").write_text(json.dumps(report))
+
+
+main()

@@ -1,0 +1,152 @@
+"""A random micro model, one ComfyUI process that runs every case on it, and the trainer's pipeline to compare with."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from unipic2.cli.comfyui import resolve_install
+from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
+from unipic2.trainer.kontext_pipeline import StableDiffusion3KontextPipeline
+from unipic2.trainer.kontext_transformer import SD3Transformer2DKontextModel
+
+HERE = Path(__file__).resolve().parent
+PACK = HERE.parents[1]
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+FORWARD_CASES = [(width, height, batch) for width, height in ((64, 64), (96, 64), (128, 128)) for batch in (1, 3)]
+PROMPTS = {
+    "short": "a red circle",
+    "empty": "",
+    "unicode": "Ein roter Kreis über 2 Quadraten, café!",
+    "brackets": "a circle \\(red\\)",
+    "exact": "red " * (MAX_TOKENS - 2),
+    "long": "one red circle and two blue squares " * 40,
+}
+"""All prompts without weights: what a weight does is ComfyUI's own business."""
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Write a CLIP tokenizer by hand: all bytes, all bytes that end a word, a few merges, start and end."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = [("r", "e"), ("re", "d</w>"), ("b", "l"), ("bl", "u"), ("blu", "e</w>"), ("c", "i"), ("a", "n")]
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges), START, END]
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {**special, "model_max_length": MAX_TOKENS, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Fill every parameter, zero-initialised ones included, so that each of them can be seen in a comparison."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.7 * parameter[0].numel() ** -0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> StableDiffusion3KontextPipeline:
+    """The trainer's pipeline with random weights."""
+    torch.manual_seed(0)
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text_config = CLIPTextConfig(**TEXT_ENCODER_CONFIG, vocab_size=len(tokenizer), **ids)
+    pipe = StableDiffusion3KontextPipeline(
+        transformer=randomise(SD3Transformer2DKontextModel(**TRANSFORMER_CONFIG)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=randomise(AutoencoderTiny(**VAE_CONFIG)),
+        text_encoder=randomise(CLIPTextModelWithProjection(text_config)),
+        tokenizer=tokenizer,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def models_folder(pipeline, tmp_path_factory) -> Path:
+    """A `models/unipic2` folder with `random` (the pipeline's weights), `other`, and broken ones."""
+    base = tmp_path_factory.mktemp("models") / "unipic2"
+    for name in ("random", "truncated", "no_vae", "wrong_config", "wrong_tensors"):
+        pipeline.save_pretrained(base / name)
+        write_tokenizer(base / name / "tokenizer")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    data = (base / "truncated" / weights).read_bytes()
+    (base / "truncated" / weights).write_bytes(data[: len(data) // 2])
+    (base / "no_vae/vae/diffusion_pytorch_model.safetensors").unlink()
+    config = base / "wrong_config/transformer/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 4}))
+    tensors = load_file(base / "wrong_tensors" / weights)
+    del tensors["transformer_blocks.1.attn.to_q.weight"]
+    save_file(tensors, base / "wrong_tensors" / weights)
+    return base
+
+
+@pytest.fixture(scope="session")
+def inputs() -> dict[str, torch.Tensor]:
+    """Random inputs of all cases, keyed as `comfyui_process.py` reads them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    dim, pooled_dim = TRANSFORMER_CONFIG["joint_attention_dim"], TRANSFORMER_CONFIG["pooled_projection_dim"]
+    out = {}
+    for width, height, batch in FORWARD_CASES:
+        case = f"{width}x{height}x{batch}"
+        out[f"{case}.x"] = randn(batch, 16, height // 8, width // 8)
+        out[f"{case}.reference"] = randn(batch, 16, height // 8, width // 8)
+        out[f"{case}.context"] = randn(batch, MAX_TOKENS, dim)
+        out[f"{case}.pooled"] = randn(batch, pooled_dim)
+        out[f"{case}.timestep"] = 1000 * torch.rand(batch, generator=generator)
+    width, tokens = 64 * TRANSFORMER_CONFIG["num_attention_heads"], 4 * 6
+    out["control"] = randn(2, 1, tokens, width)
+    out["lora.down"], out["lora.up"] = 0.2 * randn(4, width), 0.2 * randn(width, 4)
+    out["image"] = torch.rand(2, 64, 96, 3, generator=generator)
+    out["latents"] = randn(2, 16, 8, 12)
+    return out
+
+
+@pytest.fixture(scope="session")
+def comfyui(models_folder, inputs, tmp_path_factory):
+    """`(tensors, report)` of one ComfyUI process that loaded the pack by path and ran every case.
+
+    It costs ComfyUI's start (about 10 s) once. `report` holds texts and figures; see `comfyui_process.py`.
+    """
+    install = resolve_install()
+    folder = tmp_path_factory.mktemp("comfyui")
+    pack = folder / "ComfyUI-UniPic2"  # a hyphen, as in most clones: not importable by name
+    pack.symlink_to(PACK, target_is_directory=True)
+    save_file(inputs, folder / "inputs.safetensors")
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    command = [install.python, HERE / "comfyui_process.py", install.root, pack, models_folder, folder]
+    # One thread: the models are tiny, and threads that wait for each other are slow on a busy machine.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # A caller's PYTHONPATH could put another `comfy` or `nodes` in front of ComfyUI's.
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    if done.returncode:
+        pytest.fail(f"the ComfyUI process failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}", pytrace=False)
+    return load_file(folder / "outputs.safetensors"), json.loads((folder / "report.json").read_text())

@@ -1,0 +1,90 @@
+"""The patched MODEL in ComfyUI against the trainer's transformer, on the same random float32 weights."""
+
+import copy
+
+import pytest
+import torch
+
+from .conftest import FORWARD_CASES
+
+pytestmark = pytest.mark.comfyui
+
+CASES = [f"{width}x{height}x{batch}" for width, height, batch in FORWARD_CASES]
+TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def reference_forward(transformer, inputs, case, edit, **options):
+    if edit:
+        options["ref_hidden_states"] = inputs[f"{case}.reference"]
+    return transformer(
+        inputs[f"{case}.x"],
+        encoder_hidden_states=inputs[f"{case}.context"],
+        pooled_projections=inputs[f"{case}.pooled"],
+        timestep=inputs[f"{case}.timestep"],
+        **options,
+    ).sample
+
+
+def difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_forward_equals_the_trainer(comfyui, pipeline, inputs, case, task):
+    expected = reference_forward(pipeline.transformer, inputs, case, edit=task == "edit")
+    assert expected.std() > 0.1
+    assert difference(comfyui[0][f"forward.{case}.{task}"], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_reference_it_is_stock_bit_for_bit(comfyui, case):
+    tensors, _ = comfyui
+    assert torch.equal(tensors[f"forward.{case}.t2i"], tensors[f"forward.{case}.stock"])
+    assert difference(tensors[f"forward.{case}.edit"], tensors[f"forward.{case}.stock"]) > 0.01
+
+
+def test_the_model_that_was_patched_is_unchanged(comfyui):
+    tensors, _ = comfyui
+    case = sorted(CASES)[0]
+    assert torch.equal(tensors["forward.stock_again"], tensors[f"forward.{case}.stock"])
+
+
+def test_patching_twice_is_patching_once(comfyui):
+    tensors, _ = comfyui
+    assert torch.equal(tensors["forward.twice"], tensors[f"forward.{sorted(CASES)[0]}.edit"])
+
+
+def test_controlnet_residuals_reach_only_the_noisy_tokens(comfyui, pipeline, inputs):
+    case = "96x64x1"
+    # diffusers leaves out the last block's residual, so two are given to three blocks and the third is a filler.
+    residuals = [inputs["control"][0], inputs["control"][1], torch.zeros_like(inputs["control"][0])]
+    options = {"block_controlnet_hidden_states": residuals}
+    expected = reference_forward(pipeline.transformer, inputs, case, edit=True, **options)
+    assert difference(comfyui[0]["control.edit"], expected) <= TOLERANCE
+    assert difference(comfyui[0]["control.edit"], comfyui[0][f"forward.{case}.edit"]) > 0.01
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_lora_through_the_stock_loader(comfyui, pipeline, inputs, order):
+    transformer = copy.deepcopy(pipeline.transformer)
+    rank, alpha = 4, 2.0
+    with torch.no_grad():
+        weight = transformer.transformer_blocks[1].attn.to_k.weight
+        weight += alpha / rank * inputs["lora.up"] @ inputs["lora.down"]
+    expected = reference_forward(transformer, inputs, "96x64x1", edit=True)
+    assert difference(comfyui[0][f"lora.{order}"], expected) <= TOLERANCE
+    assert difference(expected, comfyui[0]["forward.96x64x1.edit"]) > 1e-3
+
+
+def test_a_clone_with_another_model_runs_that_model(comfyui):
+    tensors, report = comfyui
+    assert report["clone_runs_its_own_model"]
+    assert torch.equal(tensors["clone.edit"], tensors[f"forward.{sorted(CASES)[0]}.edit"])
+
+
+def test_memory_estimate_counts_the_reference(comfyui):
+    without, with_reference = comfyui[1]["memory"]
+    assert with_reference == pytest.approx(2 * without)

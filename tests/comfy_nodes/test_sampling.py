@@ -1,0 +1,62 @@
+"""ComfyUI's VAE, references and KSampler against diffusers on the same weights and the same noise."""
+
+import pytest
+import torch
+from unipic2.core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+
+pytestmark = pytest.mark.comfyui
+
+
+@torch.no_grad()
+def test_vae_encodes_like_diffusers(comfyui, pipeline, inputs):
+    expected = pipeline.vae.encode(inputs["image"].movedim(-1, 1) * 2 - 1).latents
+    assert expected.std() > 0.1
+    # After SD3's latent format, which is what the transformer reads.
+    assert (comfyui[0]["vae.model_latents"] - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_vae_decodes_like_diffusers(comfyui, pipeline, inputs):
+    expected = (pipeline.vae.decode(inputs["latents"]).sample / 2 + 0.5).clamp(0, 1)
+    assert ((expected > 0) & (expected < 1)).float().mean() > 0.1
+    assert (comfyui[0]["vae.decoded"] - expected.movedim(1, -1)).abs().max() <= 1e-5
+
+
+def test_reference_holds_the_unscaled_latents_for_both_prompts(comfyui):
+    tensors, report = comfyui
+    assert torch.equal(tensors["reference"], tensors["vae.latents"])
+    assert tensors["reference_empty"].shape == tensors["reference"].shape
+    assert not tensors["reference_empty"].any()
+    assert report["reference_keys"] == [1, 1]
+    assert report["input_keys"] == [False, False], "the incoming conditioning was changed"
+
+
+@pytest.mark.parametrize("case", ["t2i", "edit", "edit_batch"])
+def test_ksampler_equals_the_pipeline(comfyui, pipeline, inputs, case):
+    tensors, _ = comfyui
+    noise = tensors[f"sampling.{case}.noise"]
+    batch = noise.shape[0]
+    image = None if case == "t2i" else inputs["image"][:batch].movedim(-1, 1)
+    expected = pipeline(
+        prompt=["make it blue"] * batch,
+        negative_prompt=["a circle"] * batch,
+        image=image,
+        height=64,
+        width=96,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        latents=noise,
+        output_type="latent",
+    ).images
+    assert (noise - expected).abs().max() > 0.1
+    assert (tensors[f"sampling.{case}.latents"] - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("case", "batch"), [("t2i", 1), ("edit", 1), ("edit_batch", 2)])
+def test_both_prompts_run_in_one_forward(comfyui, case, batch):
+    # Counted by a DIFFUSION_MODEL wrapper, so it also shows that such wrappers run.
+    assert comfyui[1][f"sampling.{case}.batches"] == [2 * batch] * NUM_INFERENCE_STEPS
+
+
+def test_the_stock_easycache_node_saves_forwards(comfyui):
+    assert 0 < comfyui[1]["easycache_runs"] < NUM_INFERENCE_STEPS

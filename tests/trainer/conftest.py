@@ -1,0 +1,102 @@
+"""Small real models: a micro pipeline whose every weight matters, and an even smaller one to train."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from unipic2.core.micro import MAX_TOKENS, SHIFT, VAE_CONFIG
+from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
+from unipic2.trainer.micro.build import build_pipeline, build_tokenizer
+from unipic2.trainer.micro.codec import initialize, sample_scenes, to_pixels
+from unipic2.trainer.micro.world import render
+
+SMALL = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 12,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+
+
+@torch.no_grad()
+def randomise_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill every parameter, zero-initialised ones included, so that outputs depend on all inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        std = 0.7 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        center = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
+        parameter.copy_(center + std * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    return randomise_weights
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    return dict(SMALL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """Return an untrained codec that passes its input on: unit-sized latents, pictures that differ."""
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(**VAE_CONFIG)
+    initialize(vae, to_pixels([render(scene) for scene in sample_scenes(8, seed=0)]))
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def pipeline(vae, tokenizer):
+    """Return the micro pipeline with random weights everywhere. Tests leave it as it is."""
+    pipe = build_pipeline(vae, tokenizer, seed=0)
+    randomise_weights(pipe.transformer)
+    pipe.text_encoder.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def make_small_pipeline(vae, tokenizer):
+    """Return a function that builds the same small pipeline each time, for training."""
+
+    def make(seed: int = 0) -> StableDiffusion3KontextPipeline:
+        torch.manual_seed(seed)
+        text_config = CLIPTextConfig(
+            hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, projection_dim=24,
+            max_position_embeddings=MAX_TOKENS, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        pipe = StableDiffusion3KontextPipeline(
+            transformer=randomise_weights(SD3Transformer2DKontextModel(**SMALL), seed),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            vae=copy.deepcopy(vae),
+            text_encoder=CLIPTextModelWithProjection(text_config),
+            tokenizer=tokenizer,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

@@ -1,0 +1,414 @@
+"""The flow-matching trainer: batches, loss, resumption, averages and export, on real but very small models."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from unipic2.core.errors import InputError
+from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
+from unipic2.trainer.flow_matching_trainer import TaskBlockSampler
+from unipic2.trainer.micro.dataset import MicroDataset
+from unipic2.trainer.micro.tasks import sample_edit
+from unipic2.trainer.micro.world import render
+
+PROMPTS = ["a red circle", "two squares", "a blue cross", "make the red circle blue", "remove the cross"]
+
+
+class Samples(torch.utils.data.Dataset):
+    """Fixed latents; the last `edits` samples have a reference."""
+
+    def __init__(self, t2i: int = 6, edits: int = 6):
+        generator = torch.Generator().manual_seed(3)
+        self.latents = torch.randn(t2i + edits, 2, 16, 8, 8, generator=generator)
+        self.is_edit = [False] * t2i + [True] * edits
+
+    def __len__(self):
+        return len(self.is_edit)
+
+    def __getitem__(self, index):
+        sample = {"prompt": PROMPTS[index % len(PROMPTS)], "latents": self.latents[index, 0]}
+        return {**sample, "ref_latents": self.latents[index, 1]} if self.is_edit[index] else sample
+
+
+@pytest.fixture
+def make_trainer(make_small_pipeline, tmp_path):
+    """Return a function that builds a trainer on a fresh small pipeline."""
+
+    def make(name="run", dataset=None, previews=None, callbacks=None, **settings):
+        settings = {
+            "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+            "train_text_encoder": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none",
+            "use_cpu": True, "disable_tqdm": True, "seed": 5, **settings,
+        }  # fmt: skip
+        args = FlowMatchingConfig(output_dir=str(tmp_path / name), **settings)
+        return FlowMatchingTrainer(make_small_pipeline(), args, dataset or Samples(), previews, callbacks)
+
+    return make
+
+
+def trained(trainer):
+    """Train at once: the trainer seeds the random numbers when it is made."""
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def averages(trainer):
+    return dict(zip(trainer.ema.names, [t.clone() for t in trainer.ema.ema.shadow_params], strict=True))
+
+
+def differences(left, right):
+    assert left.keys() == right.keys() and left
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+# Sampler
+
+
+def blocks_of(sampler, size):
+    order = list(sampler)
+    assert len(order) == len(sampler)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.7, 14), (1.0, 20)])
+def test_blocks_hold_one_task_in_the_asked_ratio(ratio, expected):
+    is_edit = [False] * 50 + [True] * 30
+    blocks = blocks_of(TaskBlockSampler(is_edit, 4, ratio, seed=0), 4)
+    kinds = [{is_edit[i] for i in block} for block in blocks]
+    assert all(len(k) == 1 for k in kinds)
+    assert len(blocks) == 20 and sum(k == {True} for k in kinds) == expected
+
+
+def test_edits_are_spread_evenly():
+    is_edit = [False] * 50 + [True] * 50
+    kinds = [is_edit[block[0]] for block in blocks_of(TaskBlockSampler(is_edit, 5, 0.5, seed=0), 5)]
+    assert all(kinds[i] != kinds[i + 1] for i in range(len(kinds) - 1))
+
+
+def test_an_epoch_is_determined_by_seed_and_number():
+    def order(seed, epoch):
+        sampler = TaskBlockSampler([False] * 20 + [True] * 20, 4, 0.5, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_a_small_task_repeats_evenly():
+    is_edit = [False] * 37 + [True] * 3
+    counts = Counter(TaskBlockSampler(is_edit, 4, 0.5, seed=0))
+    edits = [counts[i] for i in (37, 38, 39)]
+    assert sum(edits) == 20 and max(edits) - min(edits) <= 1
+    assert all(counts[i] <= 1 for i in range(37))
+
+
+@pytest.mark.parametrize("task", [False, True])
+def test_one_task_alone_fills_all_blocks(task):
+    sampler = TaskBlockSampler([task] * 10, 3, 0.5, seed=0)
+    assert len(sampler) == 9 and len(set(sampler)) == 9
+
+
+def test_fewer_samples_than_a_block():
+    assert len(list(TaskBlockSampler([False, True], 8, 0.5, seed=0))) == 8
+
+
+# Batches
+
+
+@pytest.mark.parametrize(("task", "field"), [(0, "caption_dropout"), (6, "edit_caption_dropout")])
+def test_caption_dropout(make_trainer, task, field):
+    empty = None
+    for share in (1.0, 0.0):
+        trainer = make_trainer(**{"caption_dropout": 0.5, "edit_caption_dropout": 0.5, field: share})
+        samples = [trainer.train_dataset[task + i] for i in range(6)]
+        batch = trainer.collate(samples)
+        assert batch["text"].shape == (6, 20) and batch["latents"].shape == (6, 16, 8, 8)
+        assert ("ref_latents" in batch) == (task == 6)
+        if share == 1.0:
+            empty = batch["text"]
+            assert (empty == empty[0]).all()
+    tokenizer = trainer.pipeline.tokenizer
+    texts = tokenizer.batch_decode(batch["text"], skip_special_tokens=True)
+    assert [t.strip() for t in texts] == [s["prompt"] for s in samples]
+    assert not (batch["text"] == empty).all(1).any()
+
+
+def test_the_tokens_of_training_are_those_of_sampling(make_trainer):
+    trainer = make_trainer(caption_dropout=0.0)
+    seen = []
+    hook = trainer.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trainer.pipeline.encode_prompt(["a red circle"], None, None, do_classifier_free_guidance=False)
+    hook.remove()
+    batch = trainer.collate([trainer.train_dataset[0]])
+    assert torch.equal(batch["text"], seen[0])
+
+
+def sigmas_of(make_trainer, **settings):
+    trainer = make_trainer(**settings)
+    torch.manual_seed(0)
+    return trainer.sample_sigmas(20_000, torch.device("cpu"))
+
+
+def test_sigma_distributions(make_trainer):
+    uniform = sigmas_of(make_trainer, timestep_sampling="uniform", shift=1.0)
+    normal = sigmas_of(make_trainer, shift=1.0)
+    shifted = sigmas_of(make_trainer, shift=3.0)
+    for sigmas in (uniform, normal, shifted):
+        assert 0 <= sigmas.min() and sigmas.max() <= 1
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01) and uniform.std() == pytest.approx(12**-0.5, abs=0.01)
+    logits = torch.logit(normal)
+    assert logits.mean() == pytest.approx(0, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
+    # shift s turns odds sigma / (1 - sigma) into s times the odds
+    torch.testing.assert_close(torch.logit(shifted), logits + np.log(3.0).item(), atol=1e-3, rtol=1e-3)
+    moved = torch.logit(sigmas_of(make_trainer, shift=1.0, logit_mean=1.0, logit_std=0.5))
+    assert moved.mean() == pytest.approx(1, abs=0.03) and moved.std() == pytest.approx(0.5, abs=0.03)
+
+
+# Loss
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_the_loss_by_hand(make_trainer, start):
+    trainer = make_trainer(caption_dropout=0.0, edit_caption_dropout=0.0, shift=2.0)
+    pipe = trainer.pipeline
+    batch = trainer.collate([trainer.train_dataset[start + i] for i in range(3)])
+    torch.manual_seed(11)
+    with torch.no_grad():
+        loss, velocity = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        torch.manual_seed(11)
+        noise = torch.randn(3, 16, 8, 8)
+        u = torch.sigmoid(torch.randn(3))
+        sigma = (2 * u / (1 + u)).reshape(3, 1, 1, 1)
+        text = pipe.text_encoder(batch["text"], output_hidden_states=True)
+        expected = pipe.transformer(
+            hidden_states=(1 - sigma) * batch["latents"] + sigma * noise,
+            timestep=1000 * sigma.flatten(),
+            encoder_hidden_states=text.hidden_states[-2],
+            pooled_projections=text.text_embeds,
+            ref_hidden_states=batch.get("ref_latents"),
+        ).sample
+        by_hand = (expected - (noise - batch["latents"])).square().mean()
+    torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-5)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def loss_on_fixed_noise(trainer):
+    losses = []
+    for start in (0, 6):
+        batch = trainer.collate([trainer.train_dataset[start + i] for i in range(2)])
+        torch.manual_seed(0)
+        losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(4)]
+    return sum(losses) / len(losses)
+
+
+def test_twelve_steps_reduce_the_loss(make_trainer):
+    dropout = {"caption_dropout": 0.0, "edit_caption_dropout": 0.0}
+    trainer = make_trainer(max_steps=12, learning_rate=3e-3, lr_scheduler_type="constant", **dropout)
+    before, start = loss_on_fixed_noise(trainer), weights(trainer)
+    trainer.train()
+    assert loss_on_fixed_noise(trainer) < 0.8 * before
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 12 and any("loss/t2i" in h for h in history) and any("loss/edit" in h for h in history)
+    changed = set(differences(start, weights(trainer)))
+    assert any(n.startswith("text_encoder.") for n in changed) and any(n.startswith("transformer.") for n in changed)
+
+
+def test_a_frozen_text_encoder_and_vae_stay(make_trainer):
+    trainer = make_trainer(train_text_encoder=False)
+    frozen = (trainer.pipeline.vae, trainer.pipeline.text_encoder)
+    before, parts = weights(trainer), [copy.deepcopy(part.state_dict()) for part in frozen]
+    trainer.train()
+    assert all(name.startswith("transformer.") for name in before) and differences(before, weights(trainer))
+    assert not any(differences(old, part.state_dict()) for old, part in zip(parts, frozen, strict=True))
+
+
+def test_frozen_and_trained_encoders_read_the_same(make_trainer):
+    losses = []
+    for trained in (False, True):
+        trainer = make_trainer(train_text_encoder=trained, edit_caption_dropout=0.0)
+        batch = trainer.collate([trainer.train_dataset[6 + i] for i in range(3)])
+        torch.manual_seed(1)
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradient_checkpointing_trains_the_same(make_trainer):
+    plain = trained(make_trainer("a"))
+    checkpointed = trained(make_trainer("b", gradient_checkpointing=True))
+    assert checkpointed.pipeline.transformer.gradient_checkpointing
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(checkpointed)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_accumulation_keeps_one_task_a_micro_batch(make_trainer):
+    trainer = make_trainer(max_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+# Determinism and resumption
+
+
+def test_the_same_seed_gives_the_same_weights(make_trainer):
+    first, again, other = (trained(make_trainer(name, seed=seed)) for name, seed in (("a", 5), ("b", 5), ("c", 6)))
+    assert not differences(weights(first), weights(again))
+    assert not differences(averages(first), averages(again))
+    assert differences(weights(first), weights(other))
+
+
+def test_previews_do_not_change_the_run(make_trainer, tmp_path):
+    drawn = []
+
+    def previews(pipe, step):
+        generator = torch.Generator().manual_seed(0)
+        sampling = {"num_inference_steps": 2, "height": 64, "width": 64, "generator": generator}
+        drawn.append((step, pipe.transformer.training, {n: p.clone() for n, p in pipe.transformer.named_parameters()}))
+        torch.rand(7)  # a preview may draw from the global generator
+        return pipe("a red circle", **sampling).images[0]
+
+    plain = trained(make_trainer("plain"))
+    watched = trained(make_trainer("watched", previews=previews, preview_steps=2))
+    assert not differences(weights(plain), weights(watched))
+    assert not differences(averages(plain), averages(watched))
+    assert [(step, training) for step, training, _ in drawn] == [(2, False), (4, False)]
+    files = sorted(p.name for p in (tmp_path / "watched/previews").iterdir())
+    assert files == ["step_000002.png", "step_000004.png"]
+    shown = {f"transformer.{name}": value for name, value in drawn[-1][2].items()}
+    average = {name: value for name, value in averages(watched).items() if name in shown}
+    assert not differences(average, shown), "previews show the averaged weights"
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a kill right after a checkpoint would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def assert_resumes_exactly(make_trainer, dataset, **settings):
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, **settings}
+    whole = make_trainer("whole", dataset, **settings)
+    whole.train()
+    killed = make_trainer("killed", dataset, callbacks=[StopAt(4)], **settings)
+    killed.train()
+    assert killed.state.global_step == 4
+    del killed
+    torch.manual_seed(999)  # a new process starts with other random numbers
+    resumed = make_trainer("killed", dataset, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert resumed.ema.ema.optimization_step == whole.ema.ema.optimization_step == 8
+    assert not differences(weights(whole), weights(resumed))
+    assert not differences(averages(whole), averages(resumed))
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(make_trainer, vae):
+    """Eight steps within one pass over the pool, whose prompts and dropout are random."""
+    assert_resumes_exactly(make_trainer, MicroDataset(vae, 24, 12, seed=0))
+
+
+def test_kill_and_resume_at_the_end_of_a_pass(make_trainer):
+    """Eight samples in batches of two: the checkpoint after step 4 stands between two passes."""
+    assert_resumes_exactly(make_trainer, Samples(4, 4))
+
+
+# Averages and export
+
+
+def test_the_average_follows_its_formula(make_trainer):
+    trajectory = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            trajectory.append(model.transformer.proj_out.weight.detach().clone())
+
+    trainer = make_trainer(max_steps=4, ema_decay=0.5, callbacks=[Record()])
+    trainer.train()
+    expected = trajectory[0]
+    for step, value in enumerate(trajectory[1:], start=1):
+        decay = min(0.5, 1 - (1 + step) ** -0.75)
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averages(trainer)["transformer.proj_out.weight"], expected)
+
+
+@pytest.fixture(scope="module")
+def edit_task():
+    return sample_edit(np.random.default_rng(0), "recolor")
+
+
+def test_export_holds_the_averaged_weights(make_trainer, tmp_path, edit_task):
+    trainer = make_trainer(shift=2.0)
+    trainer.train()
+    trained = weights(trainer)
+    trainer.export(tmp_path / "export")
+    assert not differences(trained, weights(trainer)), "exporting leaves the trained weights in place"
+    files = {
+        "transformer": load_file(tmp_path / "export/transformer/diffusion_pytorch_model.safetensors"),
+        "text_encoder": load_file(tmp_path / "export/text_encoder/model.safetensors"),
+    }
+    stored = {f"{part}.{name}": value for part, tensors in files.items() for name, value in tensors.items()}
+    average = averages(trainer)
+    assert set(average) <= set(stored)
+    assert not differences({n: v.half() for n, v in average.items()}, {n: stored[n] for n in average})
+    assert {v.dtype for v in stored.values() if v.is_floating_point()} == {torch.float16}
+    pipe = StableDiffusion3KontextPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
+    assert pipe.scheduler.config.shift == 2.0
+    pipe.set_progress_bar_config(disable=True)
+    options = {"image": render(edit_task.source), "height": 64, "width": 64, "num_inference_steps": 1}
+    assert pipe(edit_task.prompt, **options).images[0].size == (64, 64)
+    assert sorted(p.name for p in tmp_path.iterdir() if "export" in p.name) == ["export"]
+
+
+def test_export_without_an_average_and_over_an_old_one(make_trainer, tmp_path):
+    trainer = make_trainer(use_ema=False, export_dtype="float32")
+    trainer.train()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "stale.txt").write_text("old")
+    trainer.export(tmp_path / "export")
+    stored = load_file(tmp_path / "export/transformer/diffusion_pytorch_model.safetensors")
+    ours = {n.removeprefix("transformer."): p for n, p in weights(trainer).items() if n.startswith("transformer.")}
+    assert not differences(ours, {name: stored[name] for name in ours})
+    assert not (tmp_path / "export" / "stale.txt").exists()
+
+
+def test_a_failed_export_keeps_the_old_one(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.export(tmp_path / "export")
+    before = (tmp_path / "export/model_index.json").read_bytes()
+    trained = weights(trainer)
+    trainer.ema.ema.shadow_params[0].add_(1)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(InputError, match="full disk"):
+        trainer.export(tmp_path / "export")
+    assert (tmp_path / "export/model_index.json").read_bytes() == before
+    assert not differences(trained, weights(trainer))
+    assert sorted(p.name for p in tmp_path.iterdir() if "export" in p.name) == ["export"], "nothing half-written"
+
+
+# Settings
+
+
+def test_several_text_encoders_are_not_trained(make_small_pipeline, tmp_path):
+    pipe = make_small_pipeline()
+    pipe.register_modules(text_encoder_2=copy.deepcopy(pipe.text_encoder))
+    args = FlowMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", train_text_encoder=True)
+    with pytest.raises(InputError, match="train_text_encoder: found true for a model with several"):
+        FlowMatchingTrainer(pipe, args, Samples())

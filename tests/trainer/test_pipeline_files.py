@@ -1,0 +1,210 @@
+"""Saving and loading pipelines in the published layout, and everything that can be wrong with a folder."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from unipic2.core.errors import InputError
+from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
+from unipic2.trainer.micro.codec import sample_scenes
+from unipic2.trainer.micro.world import render
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """Return a copy that a test may break."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def load(folder, **options):
+    pipe = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=torch.float32, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def edit(pipe):
+    generator = torch.Generator().manual_seed(0)
+    picture = render(sample_scenes(1, seed=2)[0])
+    sampling = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
+    return pipe("make the circle red", image=picture, generator=generator, **sampling).images
+
+
+def rewrite_json(path, **changes):
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value != "REMOVE"}))
+
+
+def test_save_and_load_draws_the_same(pipeline, folder):
+    loaded = load(folder)
+    assert type(loaded.transformer) is SD3Transformer2DKontextModel
+    assert loaded.text_encoder_2 is None and loaded.tokenizer_3 is None
+    assert loaded.scheduler.config.shift == 3.0
+    assert np.array_equal(edit(loaded), edit(pipeline))
+
+
+def test_strings_and_given_components_work(pipeline, folder):
+    loaded = load(str(folder), transformer=pipeline.transformer)
+    assert loaded.transformer is pipeline.transformer
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["transformer_sd3_kontext", "SD3Transformer2DKontextModel"],
+        ["diffusers", "SD3Transformer2DModel"],
+        ["unipic2", "SD3Transformer2DKontextModel"],
+    ],
+)
+def test_published_model_index_entries(pipeline, folder, entry):
+    rewrite_json(folder / "model_index.json", transformer=entry, _class_name="StableDiffusion3KontextPipeline")
+    loaded = load(folder)
+    assert type(loaded.transformer) is SD3Transformer2DKontextModel
+    assert np.array_equal(edit(loaded), edit(pipeline))
+
+
+def test_sharded_components(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model", max_shard_size="4MB")
+    assert len(list((tmp_path / "model/transformer").glob("*.safetensors"))) > 2
+    assert np.array_equal(edit(load(tmp_path / "model")), edit(pipeline))
+
+
+def test_half_precision(folder):
+    pipe = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+
+
+# Folders that cannot be loaded
+
+
+def error_of(folder, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        load(folder, **options)
+    return str(caught.value)
+
+
+def test_a_missing_folder(tmp_path, monkeypatch):
+    assert "no such folder" in error_of(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    assert "no such folder" in error_of("nothing")
+    assert "no such folder" in error_of("./nothing/here/at/all")
+
+
+def test_a_missing_relative_folder_that_looks_like_a_repository(tmp_path, monkeypatch):
+    """`runs/micro` mistyped is as likely as a repository of the hub; whatever was tried must be said in one line."""
+    monkeypatch.chdir(tmp_path)
+    assert "runs/nothing" in error_of("runs/nothing", local_files_only=True)
+
+
+def test_an_empty_folder(tmp_path):
+    assert "model_index.json: found no such file" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00"])
+def test_a_broken_model_index(folder, text):
+    (folder / "model_index.json").write_text(text)
+    assert "broken JSON" in error_of(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
+def test_json_of_another_kind(folder, name, text):
+    (folder / name).write_text(text)
+    error_of(folder)
+
+
+def test_a_missing_transformer_folder(folder):
+    shutil.rmtree(folder / "transformer")
+    assert "no transformer folder" in error_of(folder)
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_folder(folder, component):
+    shutil.rmtree(folder / component)
+    assert component in error_of(folder)
+
+
+def test_a_missing_config(folder):
+    (folder / "transformer" / "config.json").unlink()
+    assert "config.json: found no such file, expected the transformer's settings" in error_of(folder)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_truncated_weights(folder, component):
+    (file,) = (folder / component).glob("*.safetensors")
+    os.truncate(file, file.stat().st_size // 2)
+    message = error_of(folder)
+    assert f"{component}/{file.name}" in message and "fetch it again" in message
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_weights_in_a_pickle_only(folder, component):
+    (file,) = (folder / component).glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    message = error_of(folder)
+    assert f"only {file.stem}.bin" in message and "can run code" in message
+
+
+def test_a_pickle_under_a_safetensors_name(folder):
+    torch.save(load_file(folder / TRANSFORMER), folder / TRANSFORMER)
+    assert "no safetensors header" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_layers", 24), ("pooled_projection_dim", 2048), ("dual_attention_layers", [0]), ("pos_embed_max_size", 384)],
+)
+def test_a_config_that_disagrees_with_its_weights(folder, field, value):
+    rewrite_json(folder / "transformer" / "config.json", **{field: value})
+    message = error_of(folder)
+    assert message.startswith(f"{field} in ") and f"found {value}" in message
+
+
+@pytest.mark.parametrize("field", ["num_layers", "qk_norm", "dual_attention_layers"])
+def test_a_config_without_a_field_that_matters(folder, field):
+    """diffusers would fill in its own default (18 layers, no norm, no dual attention)."""
+    rewrite_json(folder / "transformer" / "config.json", **{field: "REMOVE"})
+    try:
+        loaded = load(folder)
+    except InputError as error:
+        assert field in str(error)
+    else:
+        written = dict(load_file(folder / TRANSFORMER))
+        assert loaded.transformer.state_dict().keys() == written.keys()
+
+
+def test_another_models_weights(folder):
+    save_file({"model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": torch.zeros(2, 2)},
+              folder / TRANSFORMER)  # fmt: skip
+    assert "found ComfyUI SD3 transformer, expected diffusers SD3 transformer" in error_of(folder)
+
+
+@pytest.mark.parametrize("key", ["proj_out.weight", "transformer_blocks.1.attn.to_q.weight"])
+def test_weights_with_a_missing_tensor(folder, key):
+    """Left alone, diffusers fills the gap with random numbers."""
+    tensors = load_file(folder / TRANSFORMER)
+    tensors.pop(key)
+    save_file(tensors, folder / TRANSFORMER, metadata={"format": "pt"})
+    assert key in error_of(folder)
+
+
+def test_weights_with_a_tensor_of_another_shape(folder):
+    key = "transformer_blocks.1.ff.net.2.weight"
+    tensors = load_file(folder / TRANSFORMER)
+    tensors[key] = tensors[key][:, :-8].contiguous()
+    save_file(tensors, folder / TRANSFORMER, metadata={"format": "pt"})
+    assert key in error_of(folder)
