@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     sheet.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     make = world.add_parser(
         "make",
-        help="train the whole micro model from a seed (about 50 minutes on two CPU cores)",
+        help="train the whole micro model from a seed (about an hour on two CPU cores)",
         epilog="Further flags are those of `unipic2 train pretrain`, e.g. --max_steps 100 for a quick trial.",
     )
     make.add_argument("--out", type=Path, default=Path("runs/micro"), help="folder of the finished model")
