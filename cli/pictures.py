@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from ..core.errors import InputError
-
-FORMATS = "a picture: PNG, JPEG, WebP, ... with 8 or 16 bits per channel"
+from ..core.pictures import FORMATS, to_rgb
 
 
 def read_rgb(path: Path) -> tuple[bytes, list[str]]:
@@ -58,38 +57,18 @@ def _is_deep(image) -> bool:
 
 
 def _to_rgb(image, deep: bool, what: str):
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     notes = []
-    if 0 in image.size:
-        raise InputError(what, found=f"{image.width} x {image.height} pixels", expected="at least 1 x 1")
     if getattr(image, "n_frames", 1) > 1:
         notes.append(f"first of {image.n_frames} frames")
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
         notes.append("EXIF rotation applied")
-    if image.mode == "F":
-        raise InputError(what, found="32-bit floats", expected=FORMATS, remedy="Convert the picture to 8 bits.")
-    if deep:
+    if deep and not image.mode.startswith("I"):
         notes.append("16 bits scaled to 8")
-    if image.mode.startswith("I"):
-        image = image.convert("I")
-        low, high = image.getextrema()
-        if low < 0 or high > 65535:
-            raise InputError(what, found=f"values from {low} to {high}", expected="0 to 65535 (16 bits)")
-        image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
-        image.info.pop("transparency", None)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            notes.append("transparency put over white")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    elif image.mode == "CMYK":
-        notes.append("CMYK to RGB")
-    rgb = image.convert("RGB")
-    rgb.info.clear()
-    return rgb, notes
+    rgb, converted = to_rgb(image, what)
+    return rgb, notes + converted
 
 
 # -- results -------------------------------------------------------------------------------------------------------

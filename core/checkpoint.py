@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ DIFFUSERS_SD3, COMFYUI_SD3, LORA, CONNECTOR, UNKNOWN = (
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 _HEAD_DIM = 64
+_CONFIG_KEYS = (
+    "pos_embed.pos_embed", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight",
+    "proj_out.weight",
+)  # fmt: skip
+"""Tensors that `transformer_config` reads sizes from, beside those that tell the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +109,15 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     `sample_size` is not in the weights; SD3.5-Medium's 128 is returned.
 
     Raises:
-        InputError: the keys are not those of a diffusers SD3 transformer.
+        InputError: the keys are not those of a diffusers SD3 transformer, or one that a size is read from is missing.
     """
     kind = detect_format(shapes)
     if kind != DIFFUSERS_SD3:
         raise InputError("transformer weights", found=kind, expected=DIFFUSERS_SD3)
+    missing = [key for key in _CONFIG_KEYS if key not in shapes]
+    if missing:
+        remedy = "The file is incomplete: fetch or export it again."
+        raise InputError("transformer weights", found=f"no {', '.join(missing)}", expected=kind, remedy=remedy)
     width, in_channels, patch_size, _ = shapes["pos_embed.proj.weight"]
     blocks = {int(m[1]) for key in shapes if (m := re.match(r"transformer_blocks\.(\d+)\.", key))}
     dual = {int(m[1]) for key in shapes if (m := re.match(r"transformer_blocks\.(\d+)\.attn2\.", key))}
@@ -136,12 +146,13 @@ def check_transformer_config(config: Mapping, shapes: Mapping[str, tuple[int, ..
     """
     real = transformer_config(shapes)
     for name, value in real.items():
-        written = config.get(name, value)
+        written = config.get(name)
         written = list(written) if isinstance(written, (list, tuple)) else written
-        if name != "sample_size" and written != value:
+        absent = name not in config and not value  # no dual attention, no norm: an absent field says the same
+        if name != "sample_size" and written != value and not absent:
             raise InputError(
                 f"{name} in {path}",
-                found=written,
+                found="nothing" if written is None else written,
                 expected=f"{value}, which is what the weights have",
                 remedy="Use the config.json that belongs to these weights.",
             )
@@ -151,15 +162,14 @@ def component_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of one component folder (`transformer/`, ...): one, or all shards of an index.
 
     Raises:
-        InputError: no safetensors there, or a shard that the index names is missing.
+        InputError: no safetensors there, the index is broken, or a shard that it names is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"model folder {folder}", found="no such folder", expected="a folder with safetensors")
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
+        files = [folder / name for name in _shard_names(indices[0])]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             found = f"no {', '.join(missing)}"
@@ -171,6 +181,22 @@ def component_files(folder: str | Path) -> list[Path]:
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "no safetensors file"
         raise InputError(f"model folder {folder}", found=found, expected="safetensors weights")
     return files
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Return the file names that an index lists, without any folder in front."""
+    try:
+        names = {Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = set()
+    if not names:
+        raise InputError(
+            f"file {index}",
+            found="no list of shards",
+            expected='{"weight_map": {"tensor": "file.safetensors", ...}}',
+            remedy="Fetch the index again; it belongs to the shards beside it.",
+        )
+    return sorted(names)
 
 
 def read_component(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -186,6 +212,13 @@ def read_component(folder: str | Path) -> dict[str, torch.Tensor]:
     for file in files:
         tensors.update(load_file(file))
     return tensors
+
+
+def cannot_write(path: str | Path, error: Exception) -> InputError:
+    """Return the error that tells people why `path` could not be written; a full disk is said in those words."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    remedy = "Free some space or choose another folder." if full else None
+    return InputError(f"writing {path}", found="a full disk" if full else str(error), remedy=remedy)
 
 
 def save_tensors(
@@ -204,10 +237,7 @@ def save_tensors(
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = "Free some space or choose another folder." if full else None
-        found = "a full disk" if full else str(error)
-        raise InputError(f"writing {path}", found=found, remedy=remedy) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -242,8 +272,13 @@ def import_single_file(path: str | Path, folder: str | Path) -> None:
     target = Path(folder) / "transformer"
     if target.exists():
         raise InputError(f"folder {target}", found="it exists already", remedy="Choose a new folder.")
-    target.mkdir(parents=True)
-    with safe_open(path, framework="pt") as file:
-        save_tensors({k: file.get_tensor(k) for k in file.keys()}, target / TRANSFORMER_FILE)  # noqa: SIM118
     text = json.dumps({"_class_name": "SD3Transformer2DKontextModel", **config}, indent=2)
-    (target / "config.json").write_text(text + "\n", encoding="utf-8")
+    unfinished = target.with_name(f".transformer.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        with safe_open(path, framework="pt") as file:
+            save_tensors({k: file.get_tensor(k) for k in file.keys()}, unfinished / TRANSFORMER_FILE)  # noqa: SIM118
+        (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

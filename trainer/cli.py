@@ -65,9 +65,9 @@ def main(argv: list[str]) -> int:
     if rest:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "micro":
-        from .micro.sheet import world_sheet
+        from .micro.sheet import save_sheet, world_sheet
 
-        world_sheet(arguments.seed).save(arguments.out)
+        save_sheet(world_sheet(arguments.seed), arguments.out)
         sys.stdout.write(f"{arguments.out}\n")
         return 0
     return _eval_micro(arguments)
@@ -93,7 +93,7 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     from ..core.micro import weights_dir
     from .kontext_pipeline import StableDiffusion3KontextPipeline
     from .micro.evaluate import evaluate
-    from .micro.sheet import result_sheet
+    from .micro.sheet import result_sheet, save_sheet
 
     if arguments.n < 1:
         raise InputError("--n", found=arguments.n, expected="at least 1")
@@ -104,7 +104,7 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     results, drawn = evaluate(pipeline, arguments.n, arguments.seed, **sampling)
     results["model"] = arguments.model
     arguments.out.mkdir(parents=True, exist_ok=True)
-    result_sheet(drawn).save(arguments.out / "results.png")
+    save_sheet(result_sheet(drawn), arguments.out / "results.png")
     temporary = arguments.out / ".results.json.tmp"
     temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     temporary.replace(arguments.out / "results.json")

@@ -57,11 +57,13 @@ class FlowMatchingConfig(TrainingArguments):
         super().__post_init__()
         _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         _one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
-        for name in ("caption_dropout", "edit_caption_dropout", "edit_ratio"):
+        for name in ("caption_dropout", "edit_caption_dropout", "edit_ratio", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(name, found=getattr(self, name), expected="a share from 0 to 1")
-        if self.shift <= 0:
+        if not self.shift > 0:  # also true for nan
             raise InputError("shift", found=self.shift, expected="a number above 0 (1 is no shift)")
+        if not self.logit_std >= 0:
+            raise InputError("logit_std", found=self.logit_std, expected="a number from 0 on")
 
 
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:

@@ -10,21 +10,24 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..core.checkpoint import cast_file
+from ..core.checkpoint import cannot_write, cast_file
 from ..core.errors import InputError
 from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
 from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 
 _EMA_FILE = "ema.safetensors"
+_DRAW_SEED = "draw_seed"
 
 
 class TaskBlockSampler(torch.utils.data.Sampler[int]):
@@ -67,6 +70,45 @@ class TaskBlockSampler(torch.utils.data.Sampler[int]):
         while True:
             for i in torch.randperm(len(indices), generator=generator):
                 yield int(indices[i])
+
+
+class SeededDraws(torch.utils.data.Dataset):
+    """A dataset whose random choices depend on the draw alone, not on what was loaded before it.
+
+    Loaders read ahead, and a resumed run skips what it has seen; with the global random state either would change
+    prompts and dropout. Here each draw `(index, seed)` sets torch's generator for one sample only.
+    """
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict:
+        index, seed = draw
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return {**self.samples[index], _DRAW_SEED: seed}
+
+
+class SeededSampler(torch.utils.data.Sampler[tuple[int, int]]):
+    """Adds to each index of a sampler a seed made from the run's seed, the pass and the place in it."""
+
+    def __init__(self, sampler: TaskBlockSampler):
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start = np.random.SeedSequence([self.sampler.seed, self.sampler.epoch]).generate_state(1, np.uint64)[0]
+        for place, index in enumerate(self.sampler):
+            yield index, (int(start) + place) % 2**63
 
 
 class KontextForTraining(nn.Module):
@@ -184,7 +226,7 @@ class FlowMatchingTrainer(Trainer):
         self.ema = EMACallback(model, args.ema_decay) if args.use_ema else None
         self._task_losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
+            model=model, args=args, train_dataset=train_dataset, data_collator=self._collate_draws, callbacks=callbacks
         )
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -208,6 +250,12 @@ class FlowMatchingTrainer(Trainer):
         if is_edit:
             batch["ref_latents"] = torch.stack([s["ref_latents"] for s in samples])
         return batch
+
+    def _collate_draws(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        seeds = [sample.pop(_DRAW_SEED) for sample in samples]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds[0])
+            return self.collate(samples)
 
     def sample_sigmas(self, batch_size: int, device: torch.device) -> torch.Tensor:
         """Return training sigmas (B,) in 0..1, after the shift."""
@@ -250,11 +298,14 @@ class FlowMatchingTrainer(Trainer):
                 losses.clear()
         super().log(logs, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset=None) -> TaskBlockSampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return TaskBlockSampler(
-            dataset.is_edit, self.args.per_device_train_batch_size, self.args.edit_ratio, self.args.seed
-        )
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Return transformers' loader over draws that carry their own seeds."""
+        draws = SeededDraws(self.train_dataset)
+        return self._get_dataloader(draws, "Training", self._train_batch_size, self._get_train_sampler, True)
+
+    def _get_train_sampler(self, train_dataset=None) -> SeededSampler:
+        block, ratio = self.args.per_device_train_batch_size, self.args.edit_ratio
+        return SeededSampler(TaskBlockSampler(self.train_dataset.is_edit, block, ratio, self.args.seed))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -263,7 +314,11 @@ class FlowMatchingTrainer(Trainer):
             self.ema.load(folder, int(folder.name.rpartition("-")[2]))
 
     def export(self, folder: str | Path) -> None:
-        """Write the model in the published layout, averaged weights where there are any; all or nothing."""
+        """Write the model in the published layout, averaged weights where there are any; all or nothing.
+
+        Raises:
+            InputError: the folder cannot be written, or the disk is full; what was there before stays.
+        """
         folder = Path(folder)
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
@@ -272,14 +327,17 @@ class FlowMatchingTrainer(Trainer):
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             self.pipeline.save_pretrained(unfinished, safe_serialization=True)
+            for file in unfinished.glob("*/*.safetensors"):
+                cast_file(file, getattr(torch, self.args.export_dtype))
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(folder, error) from error
         finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
             if self.ema is not None:
                 self.ema.swap_out(model)
-        for file in unfinished.glob("*/*.safetensors"):
-            cast_file(file, getattr(torch, self.args.export_dtype))
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
 
 
 class _PreviewCallback(TrainerCallback):

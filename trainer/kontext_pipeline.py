@@ -14,10 +14,12 @@ from PIL import Image
 
 from ..core.checkpoint import check_transformer_config, component_files, read_header
 from ..core.errors import InputError
+from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from ..core.sizes import fit_size, nearest_valid_size
 from .kontext_transformer import SD3Transformer2DKontextModel
 
+SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
 
 
@@ -37,17 +39,36 @@ def check_pipeline_folder(folder: Path) -> None:
         headers = [read_header(file) for file in component_files(folder / name)]
         if name == "transformer":
             shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
-    config = folder / "transformer" / "config.json"
-    check_transformer_config(_read_json(config, "the transformer's settings"), shapes, config)
+    path = folder / "transformer" / "config.json"
+    config = _read_json(path, "the transformer's settings")
+    check_transformer_config(config, shapes, path)
+    _check_tensors(config, shapes, folder / "transformer")
+
+
+def _check_tensors(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Compare all shapes with those of the architecture; diffusers would fill a gap with random numbers."""
+    with torch.device("meta"):
+        wanted = SD3Transformer2DKontextModel.from_config(config).state_dict()
+    for key, tensor in wanted.items():
+        if shapes.get(key) != tuple(tensor.shape):
+            raise InputError(
+                f"{key} in {folder}",
+                found=f"shape {shapes[key]}" if key in shapes else "no such tensor",
+                expected=f"shape {tuple(tensor.shape)}",
+                remedy="The weights are incomplete or of another model: fetch or export them again.",
+            )
 
 
 def _read_json(path: Path, expected: str) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"file {path}", found="no such file", expected=expected) from None
     except ValueError as error:
         raise InputError(f"file {path}", found=f"broken JSON ({error})", expected=expected) from None
+    if not isinstance(content, dict):
+        raise InputError(f"file {path}", found=f"{type(content).__name__} instead of an object", expected=expected)
+    return content
 
 
 class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
@@ -137,11 +158,17 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             diffusers' `StableDiffusion3PipelineOutput`.
 
         Raises:
-            InputError: sizes that the model cannot draw, or a number of pictures that fits no prompt list.
+            InputError: sizes that the model cannot draw, pictures without pixels or of a kind that has no RGB, a number
+                of pictures that fits no prompt list, or an unknown `sample_mode`.
         """
         if image is not None:
             images = list(image) if isinstance(image, (list, tuple, torch.Tensor)) else [image]
-            if height is None or width is None:
+            if not images:
+                raise InputError("image", found="an empty list", expected="at least one picture, or None to draw")
+            if (height is None) != (width is None):
+                found = f"only {'width' if height is None else 'height'}"
+                raise InputError("height and width of an edit", found=found, expected="both, or neither")
+            if height is None:
                 first = images[0]
                 size = first.size if isinstance(first, Image.Image) else (first.shape[-1], first.shape[-2])
                 width, height = fit_size(*size, longer_edge=longer_edge)
@@ -176,13 +203,24 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         sample_mode: str = "argmax",
     ) -> torch.Tensor:
-        """Return the scaled latents (B, C, height/8, width/8) of reference pictures resized to the target size."""
+        """Return the scaled latents (B, C, height/8, width/8) of reference pictures resized to the target size.
+
+        Pictures of any mode are read as 8-bit RGB, alpha over white. Tensors are (3, H, W) in 0..1.
+
+        Raises:
+            InputError: a picture without pixels or without an RGB meaning, or an unknown `sample_mode`.
+        """
+        if sample_mode not in SAMPLE_MODES:
+            raise InputError("sample_mode", found=repr(sample_mode), expected=f"one of {', '.join(SAMPLE_MODES)}")
+        images = [to_rgb(i, "image")[0] if isinstance(i, Image.Image) else i for i in images]
         pixels = torch.cat([self.image_processor.preprocess(i, height, width, resize_mode="default") for i in images])
         encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents  # a VAE without a posterior (TAESD architecture)
         elif sample_mode == "sample":
-            latents = encoded.latent_dist.sample(generator if not isinstance(generator, list) else generator[0])
+            if isinstance(generator, list) and len(generator) != len(images):
+                generator = generator[0]  # one picture for several prompts
+            latents = encoded.latent_dist.sample(generator)
         else:
             latents = encoded.latent_dist.mode()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor

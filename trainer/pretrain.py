@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from diffusers import AutoencoderTiny
 from trl import TrlParser
 
@@ -39,11 +40,10 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
     Raises:
         InputError: an unknown key, with the nearest valid names, or a value that does not fit.
     """
-    parser = TrlParser((PretrainArguments, FlowMatchingConfig), prog="unipic2 train pretrain")
+    _check_config_file(argv)
+    parser = TrlParser((PretrainArguments, FlowMatchingConfig), prog="unipic2 train pretrain", allow_abbrev=False)
     try:
         script_args, args = parser.parse_args_and_config(argv)
-    except FileNotFoundError as error:
-        raise InputError(f"config {error.filename}", found="no such file", expected="a YAML file") from None
     except InputError:
         raise
     except (ValueError, TypeError) as error:
@@ -54,6 +54,25 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
     if script_args.dataset_name != "micro":
         raise InputError("dataset_name", found=repr(script_args.dataset_name), expected="micro")
     return script_args, args
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Read the file after `--config`, if there is one, so that what is wrong with it is said in its own words."""
+    if "--config" not in argv:
+        return
+    name = (argv[argv.index("--config") + 1 :] or [""])[0]
+    if not name or name.startswith("--"):
+        raise InputError("--config", found="no file name after it", expected="a YAML file")
+    expected = "a mapping in YAML, such as `learning_rate: 1.0e-4`"
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config {name}", found="no such file", expected=expected) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"config {name}", found=found, expected=expected) from None
+    if not isinstance(content, dict):
+        raise InputError(f"config {name}", found=f"{type(content).__name__}", expected=expected)
 
 
 def _suggest(message: str) -> str | None:

@@ -17,7 +17,7 @@ from ..pretrain import parse, pretrain
 from .build import build_pipeline, build_tokenizer
 from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
-from .sheet import result_sheet
+from .sheet import result_sheet, save_sheet
 
 _HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
 _STAGES = "stages.json"
@@ -97,7 +97,7 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         pipeline = StableDiffusion3KontextPipeline.from_pretrained(model_dir, torch_dtype=torch.float32)
         scores, drawn = evaluate(pipeline, 256, _HELD_OUT_SEED)
         scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, _HELD_OUT_SEED), 4)
-        result_sheet(drawn).save(work / "results.png")
+        save_sheet(result_sheet(drawn), work / "results.png")
         (work / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
     stages.run("evaluate", score)

@@ -2,10 +2,13 @@
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ...core.checkpoint import cannot_write
+from ...core.errors import InputError
 from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 from .verifier import verify_edit, verify_t2i
 from .world import render
@@ -87,3 +90,23 @@ def result_sheet(drawn: dict, limit: int = 48) -> Image.Image:
         Cell(t.prompt, [render(t.source), i], v.strict) for t, i, v in list(zip(*drawn["edit"], strict=True))[:limit]
     ]
     return stack([contact_sheet(t2i, 12), contact_sheet(edits, 6)])
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as a whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist, the suffix is no picture format, or the file cannot be written.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"sheet {path}", found=f"suffix {path.suffix!r}", expected="a picture format, such as .png")
+    if not path.parent.is_dir():
+        raise InputError(f"sheet {path}", found=f"no folder {path.parent}", remedy="Create it first.")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        sheet.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -19,8 +19,10 @@ from .world import COLORS, GROUNDS, MIN_RADIUS, SHAPES, Scene, Thing, draw_shape
 
 _GROUND_DISTANCE = 60.0  # RGB distance from the ground at which a pixel belongs to a thing: half-covered edges do
 _LEAST_AREA = 16  # pixels; smaller specks are codec noise, the smallest shape covers about 90
+_MOST_SPECKS = 64  # pixels of all specks together; more is something that was not asked for
 _LEAST_OVERLAP = 0.78  # intersection over union with the ideal shape; half-drawn shapes stay under it
 _LEAST_PURITY = 0.8  # share of the inside that must have one colour
+_LEAST_GROUND = 0.85  # share of the light pixels that must have one ground's colour
 _MOST_FADED = 90.0  # RGB distance of a thing's median from its colour
 _LEAST_EDGE = 2 * MIN_RADIUS - 4  # pixels; a shape drawn smaller is no shape
 _MOST_ASPECT = 1.35  # longer over shorter edge of the box
@@ -105,6 +107,8 @@ def _color_of(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
 def read_scene(image: Image.Image) -> Scene:
     """Read a 64x64 picture. A component whose shape or colour fits nothing is kept with "unknown" in its place.
 
+    So is a ground of several colours, and specks that together cover as much as a thing are one unknown thing.
+
     Raises:
         InputError: the picture is not 64x64 pixels.
     """
@@ -116,14 +120,16 @@ def read_scene(image: Image.Image) -> Scene:
     light = to_ground.min(-1) < to_color.min(-1)
     counts = np.bincount(to_ground.argmin(-1)[light], minlength=len(GROUNDS))
     ground = list(GROUNDS)[int(counts.argmax())]
+    is_plain = counts.max() >= _LEAST_GROUND * counts.sum()
     from_ground = to_ground[..., int(counts.argmax())]
     # Nearer to a colour, so that the blur between two close things stays ground; and clearly off the ground.
     thing_mask = (to_color.min(-1) < from_ground) & (from_ground > _GROUND_DISTANCE)
     labels, _ = ndimage.label(thing_mask)
-    things = []
+    things, specks = [], 0
     for i, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[box] == i
         if mask.sum() < _LEAST_AREA:
+            specks += int(mask.sum())
             continue
         inside = ndimage.binary_erosion(mask)
         color, shade = _color_of(pixels[box][inside if inside.any() else mask])
@@ -140,7 +146,9 @@ def read_scene(image: Image.Image) -> Scene:
                 radius=round((height + width) / 4),
             )
         )
-    return Scene(ground, tuple(things))
+    if specks > _MOST_SPECKS:
+        things.append(Thing("unknown", "unknown", IMAGE_SIZE // 2, IMAGE_SIZE // 2, MIN_RADIUS))
+    return Scene(ground if is_plain else "unknown", tuple(things))
 
 
 def _coverage(pixels: np.ndarray, labels: np.ndarray, label: int, ground: np.ndarray, shade: np.ndarray) -> np.ndarray:
