@@ -1,4 +1,4 @@
-"""Any Pillow picture as 8-bit RGB, the same on every way into the model. Works on the picture given; imports nothing."""
+"""Any Pillow picture as 8-bit RGB, the same on every way into the model. Needs no import of Pillow."""
 
 from .errors import InputError
 

@@ -118,6 +118,26 @@ class KontextForTraining(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute the transformer's blocks in the backward pass, by diffusers' own switch.
+
+        Raises:
+            InputError: options that diffusers does not have.
+        """
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise InputError(
+                "activation_checkpointing_kwargs",
+                found="options",
+                expected="none: each block is recomputed, as diffusers does it",
+            )
+        self.transformer.enable_gradient_checkpointing()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Do the same under the name that transformers used before 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
     def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
         """Predict the velocity.
 
@@ -218,9 +238,6 @@ class FlowMatchingTrainer(Trainer):
             if encoder is not None:
                 encoder.requires_grad_(args.train_text_encoder)
         pipeline.transformer.requires_grad_(True)
-        if args.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False  # the wrapper below has no such switch of its own
         text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
         model = KontextForTraining(pipeline.transformer.float(), text_encoder)
         self.ema = EMACallback(model, args.ema_decay) if args.use_ema else None

@@ -8,7 +8,9 @@ may be absent (the micro model has one).
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
@@ -23,22 +25,34 @@ SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
 
 
-def check_pipeline_folder(folder: Path) -> None:
+def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
     """Check a folder in the published layout before anything is loaded from it.
 
+    Args:
+        folder: the pipeline's folder.
+        given: components that are not read from it.
+
     Raises:
-        InputError: `model_index.json` is missing or broken, a weight file is missing, a pickle or cut off, or the
-            transformer's `config.json` disagrees with its weights.
+        InputError: `model_index.json` is missing or broken, a component's folder or weight file is missing, a pickle
+            or cut off, or the transformer's `config.json` disagrees with its weights.
     """
-    components = _read_json(folder / "model_index.json", "a pipeline in the published layout")
-    with_weights = [n for n in components if (folder / n).is_dir() and not n.startswith(("tokenizer", "scheduler"))]
-    if "transformer" not in with_weights:
-        raise InputError(f"model {folder}", found="no transformer folder", expected="transformer/ with safetensors")
+    index = _read_json(folder / "model_index.json", "a pipeline in the published layout")
+    # An entry is [library, class]; [null, null] says that the pipeline has no such component.
+    present = {name for name, entry in index.items() if isinstance(entry, list) and any(entry)} | {"transformer"}
+    for name in sorted(present - given):
+        if not (folder / name).is_dir():
+            raise InputError(
+                f"model {folder}", found=f"no {name} folder", expected=f"{name}/, as model_index.json says"
+            )
     shapes = {}
-    for name in with_weights:
+    for name in sorted(present - given):
+        if name.startswith(("tokenizer", "scheduler")):
+            continue
         headers = [read_header(file) for file in component_files(folder / name)]
         if name == "transformer":
             shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
+    if "transformer" in given:
+        return
     path = folder / "transformer" / "config.json"
     config = _read_json(path, "the transformer's settings")
     check_transformer_config(config, shapes, path)
@@ -71,6 +85,15 @@ def _read_json(path: Path, expected: str) -> dict:
     return content
 
 
+def _resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return a picture as (3, height, width) in 0..1: bicubic with antialiasing, as the node pack does it."""
+    if isinstance(image, Image.Image):
+        image = torch.from_numpy(np.array(to_rgb(image, "image")[0])).permute(2, 0, 1) / 255
+    if image.shape[-2:] == (height, width):
+        return image.float()
+    return F.interpolate(image[None].float(), (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
 class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
     """Draw from text, or edit a picture.
 
@@ -94,21 +117,29 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         """Load a folder in the published layout, or a hub repository. Weights are safetensors only.
 
         Raises:
-            InputError: the folder is not a pipeline, or its weights are missing, cut off, or not of this architecture.
+            InputError: the folder is not a pipeline, its weights are missing, cut off, or not of this architecture, or
+                the hub does not have them.
         """
         kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_pipeline_folder(folder)
+            check_pipeline_folder(folder, set(kwargs))
         elif folder.is_absolute() or len(folder.parts) != 2:
             raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
-        if "transformer" not in kwargs:
-            names = ("torch_dtype", "dtype", "cache_dir", "revision", "token", "local_files_only", "use_safetensors")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
-                pretrained_model_name_or_path, subfolder="transformer", **hub
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            if "transformer" not in kwargs:
+                names = ("torch_dtype", "dtype", "cache_dir", "revision", "token", "local_files_only")
+                hub = {name: kwargs[name] for name in names if name in kwargs}
+                kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
+                    pretrained_model_name_or_path, subfolder="transformer", use_safetensors=True, **hub
+                )
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:  # what diffusers and the hub raise for files that they cannot get
+            raise InputError(
+                f"model {pretrained_model_name_or_path}",
+                found=str(error).strip().splitlines()[0],
+                expected="a folder with model_index.json, or a repository of the hub that can be reached",
+            ) from error
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -158,8 +189,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             diffusers' `StableDiffusion3PipelineOutput`.
 
         Raises:
-            InputError: sizes that the model cannot draw, pictures without pixels or of a kind that has no RGB, a number
-                of pictures that fits no prompt list, or an unknown `sample_mode`.
+            InputError: sizes that the model cannot draw, pictures without pixels or of a kind that has no RGB, a
+                number of pictures that fits no prompt list, or an unknown `sample_mode`.
         """
         if image is not None:
             images = list(image) if isinstance(image, (list, tuple, torch.Tensor)) else [image]
@@ -212,8 +243,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         """
         if sample_mode not in SAMPLE_MODES:
             raise InputError("sample_mode", found=repr(sample_mode), expected=f"one of {', '.join(SAMPLE_MODES)}")
-        images = [to_rgb(i, "image")[0] if isinstance(i, Image.Image) else i for i in images]
-        pixels = torch.cat([self.image_processor.preprocess(i, height, width, resize_mode="default") for i in images])
+        pixels = torch.stack([_resized(image, height, width) for image in images]) * 2 - 1
         encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents  # a VAE without a posterior (TAESD architecture)
@@ -268,5 +298,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             return embeds, None, pooled, None
         negative = negative_prompt or ""
         negative = [negative] * len(prompt) if isinstance(negative, str) else negative
+        if len(negative) != len(prompt):
+            expected = f"one text, or {len(prompt)}, one for each prompt"
+            raise InputError("negative_prompt", found=f"{len(negative)} texts", expected=expected)
         negative_embeds, negative_pooled = self._get_clip_prompt_embeds(negative, num_images_per_prompt, device)
         return embeds, negative_embeds, pooled, negative_pooled

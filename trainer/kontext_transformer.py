@@ -7,6 +7,7 @@ N picture tokens (H/2 * W/2), D width of the transformer.
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from ..core.errors import InputError
 
@@ -41,8 +42,8 @@ class SD3Transformer2DKontextModel(SD3Transformer2DModel):
             pooled_projections: pooled text (B, pooled_projection_dim).
             timestep: (B,), 0 (clean) to 1000 (noise).
             block_controlnet_hidden_states: ControlNet residuals (B, N, D) for the noisy tokens.
-            joint_attention_kwargs: as in diffusers; may also carry `ref_hidden_states`, which is how the stock
-                pipeline loop hands the reference over.
+            joint_attention_kwargs: as in diffusers (`scale` sets the strength of LoRAs); may also carry
+                `ref_hidden_states`, which is how the stock pipeline loop hands the reference over.
             return_dict: False returns a tuple.
             skip_layers: indices of joint blocks to leave out (skip-layer guidance).
             ref_hidden_states: clean, scaled latents of the reference (B', C, H, W) where B is a multiple of B'
@@ -68,16 +69,34 @@ class SD3Transformer2DKontextModel(SD3Transformer2DModel):
                 return_dict=return_dict,
                 skip_layers=skip_layers,
             )
-        ref_hidden_states = self._match_reference(ref_hidden_states, hidden_states)
+        scale = 1.0
+        if joint_attention_kwargs is not None:
+            joint_attention_kwargs = dict(joint_attention_kwargs)
+            scale = joint_attention_kwargs.pop("scale", 1.0)
+        scale_lora_layers(self, scale)
+        try:
+            output = self._forward_with_reference(
+                hidden_states,
+                self._match_reference(ref_hidden_states, hidden_states),
+                self.context_embedder(encoder_hidden_states),
+                self.time_text_embed(timestep, pooled_projections),
+                block_controlnet_hidden_states,
+                joint_attention_kwargs,
+                skip_layers or [],
+            )
+        finally:
+            unscale_lora_layers(self, scale)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _forward_with_reference(
+        self, hidden_states, reference, text, temb, controlnet_residuals, joint_attention_kwargs, skip_layers
+    ) -> torch.Tensor:
         height, width = hidden_states.shape[-2:]
         noisy = self.pos_embed(hidden_states)
         num_ref = noisy.shape[1]
-        tokens = torch.cat([self.pos_embed(ref_hidden_states), noisy], dim=1)
-        temb = self.time_text_embed(timestep, pooled_projections)
-        text = self.context_embedder(encoder_hidden_states)
-
+        tokens = torch.cat([self.pos_embed(reference), noisy], dim=1)
         for i, block in enumerate(self.transformer_blocks):
-            if skip_layers is None or i not in skip_layers:
+            if i not in skip_layers:
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     text, tokens = self._gradient_checkpointing_func(block, tokens, text, temb, joint_attention_kwargs)
                 else:
@@ -87,13 +106,11 @@ class SD3Transformer2DKontextModel(SD3Transformer2DModel):
                         temb=temb,
                         joint_attention_kwargs=joint_attention_kwargs,
                     )
-            if block_controlnet_hidden_states is not None and not block.context_pre_only:
-                interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
-                residual = block_controlnet_hidden_states[int(i / interval)]
+            if controlnet_residuals is not None and not block.context_pre_only:
+                interval = len(self.transformer_blocks) / len(controlnet_residuals)
+                residual = controlnet_residuals[int(i / interval)]
                 tokens = torch.cat([tokens[:, :num_ref], tokens[:, num_ref:] + residual], dim=1)
-
-        output = self._unpatchify(self.proj_out(self.norm_out(tokens[:, num_ref:], temb)), height, width)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return self._unpatchify(self.proj_out(self.norm_out(tokens[:, num_ref:], temb)), height, width)
 
     @staticmethod
     def _match_reference(reference: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:

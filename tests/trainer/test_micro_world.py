@@ -274,7 +274,7 @@ def test_the_wrong_edit_does_not_pass(kind):
         assert not verify_edit(render(task.target.replace_thing(task.index, **wrong)), task).strict
 
 
-@pytest.mark.parametrize(("old", "new"), permutations(GROUNDS, 2))
+@pytest.mark.parametrize(("old", "new"), list(permutations(GROUNDS, 2)))
 def test_a_ground_that_changed_in_part_is_wrong(old, new):
     """Two grounds in one picture are neither the old one nor the new one."""
     thing = Thing("square", "blue", 44, 32, 9)

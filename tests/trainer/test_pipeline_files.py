@@ -35,11 +35,21 @@ def load(folder, **options):
     return pipe
 
 
+def read(file):
+    """Return copies: safetensors maps the file, and writing over a mapped file pulls the ground from under it."""
+    return {key: tensor.clone() for key, tensor in load_file(file).items()}
+
+
 def edit(pipe):
     generator = torch.Generator().manual_seed(0)
     picture = render(sample_scenes(1, seed=2)[0])
     sampling = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
     return pipe("make the circle red", image=picture, generator=generator, **sampling).images
+
+
+def assert_draws_the_same(loaded, original):
+    """To rounding: weights that lie elsewhere in memory may take another path through the processor."""
+    np.testing.assert_allclose(edit(loaded), edit(original), atol=1e-5, rtol=0)
 
 
 def rewrite_json(path, **changes):
@@ -53,7 +63,7 @@ def test_save_and_load_draws_the_same(pipeline, folder):
     assert type(loaded.transformer) is SD3Transformer2DKontextModel
     assert loaded.text_encoder_2 is None and loaded.tokenizer_3 is None
     assert loaded.scheduler.config.shift == 3.0
-    assert np.array_equal(edit(loaded), edit(pipeline))
+    assert_draws_the_same(loaded, pipeline)
 
 
 def test_strings_and_given_components_work(pipeline, folder):
@@ -73,13 +83,13 @@ def test_published_model_index_entries(pipeline, folder, entry):
     rewrite_json(folder / "model_index.json", transformer=entry, _class_name="StableDiffusion3KontextPipeline")
     loaded = load(folder)
     assert type(loaded.transformer) is SD3Transformer2DKontextModel
-    assert np.array_equal(edit(loaded), edit(pipeline))
+    assert_draws_the_same(loaded, pipeline)
 
 
 def test_sharded_components(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model", max_shard_size="4MB")
     assert len(list((tmp_path / "model/transformer").glob("*.safetensors"))) > 2
-    assert np.array_equal(edit(load(tmp_path / "model")), edit(pipeline))
+    assert_draws_the_same(load(tmp_path / "model"), pipeline)
 
 
 def test_half_precision(folder):
@@ -153,14 +163,14 @@ def test_truncated_weights(folder, component):
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
 def test_weights_in_a_pickle_only(folder, component):
     (file,) = (folder / component).glob("*.safetensors")
-    torch.save(load_file(file), file.with_suffix(".bin"))
+    torch.save(read(file), file.with_suffix(".bin"))
     file.unlink()
     message = error_of(folder)
     assert f"only {file.stem}.bin" in message and "can run code" in message
 
 
 def test_a_pickle_under_a_safetensors_name(folder):
-    torch.save(load_file(folder / TRANSFORMER), folder / TRANSFORMER)
+    torch.save(read(folder / TRANSFORMER), folder / TRANSFORMER)
     assert "no safetensors header" in error_of(folder)
 
 
@@ -183,7 +193,7 @@ def test_a_config_without_a_field_that_matters(folder, field):
     except InputError as error:
         assert field in str(error)
     else:
-        written = dict(load_file(folder / TRANSFORMER))
+        written = dict(read(folder / TRANSFORMER))
         assert loaded.transformer.state_dict().keys() == written.keys()
 
 
@@ -196,7 +206,7 @@ def test_another_models_weights(folder):
 @pytest.mark.parametrize("key", ["proj_out.weight", "transformer_blocks.1.attn.to_q.weight"])
 def test_weights_with_a_missing_tensor(folder, key):
     """Left alone, diffusers fills the gap with random numbers."""
-    tensors = load_file(folder / TRANSFORMER)
+    tensors = read(folder / TRANSFORMER)
     tensors.pop(key)
     save_file(tensors, folder / TRANSFORMER, metadata={"format": "pt"})
     assert key in error_of(folder)
@@ -204,7 +214,7 @@ def test_weights_with_a_missing_tensor(folder, key):
 
 def test_weights_with_a_tensor_of_another_shape(folder):
     key = "transformer_blocks.1.ff.net.2.weight"
-    tensors = load_file(folder / TRANSFORMER)
+    tensors = read(folder / TRANSFORMER)
     tensors[key] = tensors[key][:, :-8].contiguous()
     save_file(tensors, folder / TRANSFORMER, metadata={"format": "pt"})
     assert key in error_of(folder)
