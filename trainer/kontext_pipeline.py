@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from ..core.checkpoint import check_transformer_config, component_files, read_header
 from ..core.errors import InputError
@@ -85,6 +86,14 @@ def _read_json(path: Path, expected: str) -> dict:
     return content
 
 
+def _write_vocabulary(folder: Path) -> None:
+    model = _read_json(folder / "tokenizer.json", "a CLIP tokenizer")["model"]
+    merges = "".join(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in model["merges"])
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    for name, text in (("vocab.json", vocabulary), ("merges.txt", f"#version: 0.2\n{merges}")):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def _resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return a picture as (3, height, width) in 0..1: bicubic with antialiasing, as the node pack does it."""
     if isinstance(image, Image.Image):
@@ -149,6 +158,16 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         if "transformer" in config:
             config["transformer"] = ["diffusers", "SD3Transformer2DModel"]
         return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the pipeline as diffusers does, CLIP vocabularies also as `vocab.json` and `merges.txt`.
+
+        transformers 5 writes `tokenizer.json` alone; transformers 4, and ComfyUI with it, reads the other two.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name in ("tokenizer", "tokenizer_2"):
+            if isinstance(getattr(self, name, None), CLIPTokenizer):
+                _write_vocabulary(Path(save_directory) / name)
 
     @torch.no_grad()
     def __call__(

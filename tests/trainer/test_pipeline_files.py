@@ -66,6 +66,15 @@ def test_save_and_load_draws_the_same(pipeline, folder):
     assert_draws_the_same(loaded, pipeline)
 
 
+def test_the_tokenizer_is_saved_for_old_and_new_readers(pipeline, folder):
+    """ComfyUI's tokenizer reads `vocab.json` and `merges.txt`, which transformers 5 no longer writes."""
+    vocabulary = json.loads((folder / "tokenizer/vocab.json").read_text())
+    assert vocabulary == pipeline.tokenizer.get_vocab()
+    header, *merges = (folder / "tokenizer/merges.txt").read_text().splitlines()
+    stored = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["merges"]
+    assert header == "#version: 0.2" and [m.split(" ") for m in merges] == [list(m) for m in stored]
+
+
 def test_strings_and_given_components_work(pipeline, folder):
     loaded = load(str(folder), transformer=pipeline.transformer)
     assert loaded.transformer is pipeline.transformer
