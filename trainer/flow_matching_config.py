@@ -39,6 +39,13 @@ class FlowMatchingConfig(TrainingArguments):
     train_text_encoder: bool = field(
         default=False, metadata={"help": "Also train the text encoder (the micro model does; published ones do not)."}
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the matrices inside the blocks with Muon at this rate, the rest with AdamW at "
+            "learning_rate; both have AdamW's scale. None trains everything with `optim`."
+        },
+    )
     use_ema: bool = field(default=True, metadata={"help": "Keep an average of the weights; it is what is exported."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average for each optimizer step."})
     preview_steps: int = field(
@@ -62,6 +69,9 @@ class FlowMatchingConfig(TrainingArguments):
                 raise InputError(name, found=getattr(self, name), expected="a share from 0 to 1")
         if not self.shift > 0:  # also true for nan
             raise InputError("shift", found=self.shift, expected="a number above 0 (1 is no shift)")
+        if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
+            expected = "a number above 0, or null for `optim` alone"
+            raise InputError("muon_learning_rate", found=self.muon_learning_rate, expected=expected)
         if not self.logit_std >= 0:
             raise InputError("logit_std", found=self.logit_std, expected="a number from 0 on")
 

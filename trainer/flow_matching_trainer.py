@@ -25,6 +25,7 @@ from ..core.errors import InputError
 from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
 from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .muon import MuonWithAdamW, is_block_matrix
 
 _EMA_FILE = "ema.safetensors"
 _DRAW_SEED = "draw_seed"
@@ -273,6 +274,30 @@ class FlowMatchingTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[0])
             return self.collate(samples)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return transformers' optimizer, or Muon with AdamW where `muon_learning_rate` is set."""
+        if self.args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        decayed = set(self.get_decay_parameter_names(model))
+        rest = [(name, p) for name, p in trained if not is_block_matrix(name, p)]
+        args = self.args
+        self.optimizer = MuonWithAdamW(
+            [p for name, p in trained if is_block_matrix(name, p)],
+            [
+                {"params": [p for name, p in rest if name in decayed], "weight_decay": args.weight_decay},
+                {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
+            ],
+            muon_lr=args.muon_learning_rate,
+            weight_decay=args.weight_decay,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            fused=True,
+        )
+        return self.optimizer
 
     def sample_sigmas(self, batch_size: int, device: torch.device) -> torch.Tensor:
         """Return training sigmas (B,) in 0..1, after the shift."""

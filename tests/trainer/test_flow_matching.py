@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback
 from unipic2.core.errors import InputError
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
@@ -324,6 +325,54 @@ def test_kill_and_resume_equals_an_uninterrupted_run(make_trainer, vae):
 def test_kill_and_resume_at_the_end_of_a_pass(make_trainer):
     """Eight samples in batches of two: the checkpoint after step 4 stands between two passes."""
     assert_resumes_exactly(make_trainer, Samples(4, 4))
+
+
+def test_kill_and_resume_with_muon(make_trainer):
+    """Its momentum is part of the checkpoint."""
+    assert_resumes_exactly(make_trainer, Samples(12, 12), muon_learning_rate=1e-2)
+
+
+# Muon
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(make_trainer):
+    trainer = make_trainer(muon_learning_rate=2e-3, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    by_muon = {names[id(p)] for group in optimizer.muon.param_groups for p in group["params"]}
+    by_adamw = {names[id(p)] for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert by_muon.isdisjoint(by_adamw) and by_muon | by_adamw == set(names.values())
+    assert "transformer.transformer_blocks.0.attn2.to_q.weight" in by_muon
+    assert "transformer.transformer_blocks.1.ff.net.2.weight" in by_muon
+    assert any(n.startswith("text_encoder.") for n in by_muon)
+    assert {"transformer.transformer_blocks.0.norm1.linear.weight", "transformer.proj_out.weight"} <= by_adamw
+    assert not any("embedding" in n or n.endswith("bias") for n in by_muon)
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert rates == [(2e-3, 0.1), (1e-3, 0.1), (1e-3, 0.0)]
+
+
+def test_muon_steps_are_those_of_torch(make_trainer):
+    """One step on known gradients equals `torch.optim.Muon` and `AdamW` on copies."""
+    trainer = make_trainer(muon_learning_rate=2e-3, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    parameters = dict(trainer.model.named_parameters())
+    matrix, bias = (parameters[f"transformer.transformer_blocks.0.attn.to_q.{n}"] for n in ("weight", "bias"))
+    copies = [nn.Parameter(p.detach().clone()) for p in (matrix, bias)]
+    for p, copied in zip((matrix, bias), copies, strict=True):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.ndim))
+        copied.grad = p.grad.clone()
+    optimizer.step()
+    torch.optim.Muon([copies[0]], lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    torch.optim.AdamW([copies[1]], lr=1e-3, weight_decay=0.0).step()
+    torch.testing.assert_close(matrix, copies[0])
+    torch.testing.assert_close(bias, copies[1])
+
+
+def test_both_rates_follow_the_schedule(make_trainer):
+    trainer = make_trainer(muon_learning_rate=4e-3, max_steps=4)
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.0, 0.0, 0.0]
+    assert trainer.lr_scheduler.base_lrs == [4e-3, 1e-3, 1e-3]
 
 
 # Averages and export

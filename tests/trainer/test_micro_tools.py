@@ -1,5 +1,6 @@
 """Codec helpers, scores, contact sheets and the micro commands."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 from PIL import Image
 from unipic2.core.errors import InputError
 from unipic2.trainer.cli import main
-from unipic2.trainer.micro.codec import PictureDataset, round_trip_accuracy, sample_scenes, to_images, to_pixels
+from unipic2.trainer.micro.codec import (
+    CodecLoss,
+    PictureDataset,
+    round_trip_accuracy,
+    sample_scenes,
+    to_images,
+    to_pixels,
+)
 from unipic2.trainer.micro.evaluate import evaluate, judge, summarize
 from unipic2.trainer.micro.sheet import Cell, contact_sheet, world_sheet
 from unipic2.trainer.micro.tasks import T2I_KINDS, sample_t2i
@@ -28,6 +36,26 @@ def test_training_pictures_are_the_same_for_the_same_seed():
     assert all(torch.equal(first[i]["pixel_values"], again[i]["pixel_values"]) for i in range(4))
     assert not all(torch.equal(first[i]["pixel_values"], later[i]["pixel_values"]) for i in range(4))
     assert first[0]["pixel_values"].shape == (3, 64, 64)
+
+
+def test_codec_training_reaches_encoder_and_decoder(vae, tmp_path):
+    pictures = PictureDataset(12, 8, 0)
+    model = CodecLoss(copy.deepcopy(vae))
+    torch.manual_seed(0)
+    model(torch.stack([pictures[i]["pixel_values"] for i in range(4)]))["loss"].backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is not None and g.abs().sum() > 0 for n, g in grads.items() if n.endswith("weight"))
+
+
+def test_a_work_folder_of_another_run_is_left_alone(tmp_path):
+    from unipic2.trainer.micro.make import _Stages
+
+    first = _Stages(tmp_path, {"seed": 0})
+    first.run("codec", lambda: (tmp_path / "weights").write_text("hours of work"))
+    assert _Stages(tmp_path, {"seed": 0}).state["minutes"].keys() == {"codec"}
+    with pytest.raises(InputError, match="a run with other settings.*--work"):
+        _Stages(tmp_path, {"seed": 1})
+    assert (tmp_path / "weights").read_text() == "hours of work"
 
 
 def test_an_untrained_codec_scores_badly(vae):

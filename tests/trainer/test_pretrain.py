@@ -22,6 +22,7 @@ from unipic2.trainer.pretrain import micro_previews, parse
         ("shift", float("nan"), "expected a number above 0"),
         ("ema_decay", 1.5, "expected"),
         ("logit_std", -1.0, "expected"),
+        ("muon_learning_rate", 0.0, "expected a number above 0"),
     ],
 )
 def test_bad_values_are_named(tmp_path, field, value, expected):

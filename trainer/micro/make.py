@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ...core.checkpoint import cast_file
+from ...core.errors import InputError
 from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..kontext_pipeline import StableDiffusion3KontextPipeline
 from ..pretrain import parse, pretrain
@@ -30,11 +31,14 @@ class _Stages:
         self.path = work / _STAGES
         self.state = {"settings": settings, "minutes": {}}
         if self.path.is_file():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["settings"] == settings:
-                self.state = stored
-            else:
-                shutil.rmtree(work)
+            self.state = json.loads(self.path.read_text(encoding="utf-8"))
+            if self.state["settings"] != settings:
+                raise InputError(
+                    f"folder {work}",
+                    found=f"a run with other settings: {self.state['settings']}",
+                    expected=f"{settings}",
+                    remedy="Name another folder with --work, or delete this one.",
+                )
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, action) -> None:
@@ -64,8 +68,12 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
 
     Returns:
         The results on held-out prompts and edits.
+
+    Raises:
+        InputError: `work` holds a run with other settings.
     """
-    stages = _Stages(work, {"seed": seed, "codec_steps": codec_steps, "overrides": overrides})
+    settings = {"seed": seed, "codec_steps": codec_steps, "decoder_steps": decoder_steps, "overrides": overrides}
+    stages = _Stages(work, settings)
     vae_dir, init_dir, run_dir, decoder_dir, model_dir = (
         work / name for name in ("vae", "init", "run", "decoder", "model")
     )
