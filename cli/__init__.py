@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder without rights, a name that is too long
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -94,7 +97,7 @@ def _trainer(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("", __package__.split(".")[0]):
             raise
-        remedy = 'pip install "unipic2[train]"'
+        remedy = run_command.REMEDY.format("train")
         raise InputError(f"unipic2 {arguments[0]} needs the package {error.name}", remedy=remedy) from error
 
 

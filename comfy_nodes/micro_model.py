@@ -17,6 +17,7 @@ import folder_paths
 import torch
 from comfy.supported_models_base import ClipTarget
 
+from ..core.checkpoint import check_transformer_config, read_component
 from ..core.errors import InputError
 from ..core.micro import TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
 
@@ -56,12 +57,11 @@ def load(folder: Path):
     return model, clip, _load_vae(folder / "vae")
 
 
-def _load_transformer(folder):
-    config = _read_config(folder / "config.json")
-    path = folder / "diffusion_pytorch_model.safetensors"
+def _load_transformer(path):
+    config = _read_config(path / "config.json")
     # A copy, because the conversion rewrites some tensors in place.
-    diffusers = {key: tensor.clone() for key, tensor in _read_weights(path).items()}
-    _check_transformer_config(folder / "config.json", config, diffusers)
+    diffusers = {key: tensor.clone() for key, tensor in read_component(path).items()}
+    check_transformer_config(config, {k: tuple(t.shape) for k, t in diffusers.items()}, path / "config.json")
     _check_fused(path, diffusers, config["num_layers"])
     converted = comfy.model_detection.convert_diffusers_mmdit(diffusers) or {}
     if diffusers or not converted:
@@ -83,7 +83,8 @@ def _load_transformer(folder):
 
 
 def _load_text_encoder(folder):
-    config_path, path = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
+    path = folder / "text_encoder"
+    config_path = path / "config.json"
     config = {**TEXT_ENCODER_CONFIG, **_read_config(config_path)}
     missing = [key for key in ("vocab_size", "bos_token_id", "eos_token_id") if not isinstance(config.get(key), int)]
     if missing:
@@ -92,7 +93,7 @@ def _load_text_encoder(folder):
         raise InputError(f"{config_path}, hidden_act", found=config["hidden_act"], expected="gelu")
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         _require_file(folder / "tokenizer" / name)
-    weights = _read_weights(path)
+    weights = read_component(path)
     expected = _TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict()
     _check_tensors(path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
 
@@ -150,13 +151,13 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
         self.set_input_embeddings(embedding)
 
 
-def _load_vae(folder):
-    config_path, path = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+def _load_vae(path):
+    config_path = path / "config.json"
     config = _read_config(config_path)
     for key, value in VAE_CONFIG.items():
         if config.get(key, value) != value:
             raise InputError(f"{config_path}, {key}", found=config[key], expected=value)
-    weights = {_taesd_key(key): tensor for key, tensor in _read_weights(path).items()}
+    weights = {_taesd_key(key): tensor for key, tensor in read_component(path).items()}
     expected = comfy.taesd.taesd.TAESD(latent_channels=VAE_CONFIG["latent_channels"]).state_dict()
     sd3 = comfy.latent_formats.SD3()
     # ComfyUI divides by these after encoding and SD3's latent format multiplies again: TAESD's latents come out.
@@ -173,30 +174,6 @@ def _taesd_key(key):
         return key
     index = int(rest[0]) + (side == "decoder")
     return f"taesd_{side}.{index}.{rest[1]}"
-
-
-def _check_transformer_config(path, config, weights):
-    """Compare the config's sizes with the tensors' (ComfyUI itself reads only the tensors)."""
-
-    def size(key, dimension):
-        return weights[key].shape[dimension] if key in weights else None
-
-    blocks = {key.split(".")[1] for key in weights if key.startswith("transformer_blocks.")}
-    found = {
-        "num_layers": len(blocks),
-        "num_attention_heads": (size("pos_embed.proj.weight", 0) or 0) // 64,
-        "in_channels": size("pos_embed.proj.weight", 1),
-        "joint_attention_dim": size("context_embedder.weight", 1),
-        "pooled_projection_dim": size("time_text_embed.text_embedder.linear_1.weight", 1),
-    }
-    for key, value in found.items():
-        if config.get(key) != value:
-            raise InputError(
-                f"{path}, {key}",
-                found=config.get(key),
-                expected=f"{value}, the size of the weights beside it",
-                remedy="Copy transformer/ again as a whole.",
-            )
 
 
 def _check_fused(path, weights, num_layers):
@@ -244,16 +221,3 @@ def _read_config(path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}", found=f"{error}", expected="a JSON object") from error
-
-
-def _read_weights(path) -> dict:
-    _require_file(path)
-    try:
-        return comfy.utils.load_torch_file(str(path), safe_load=True)
-    except Exception as error:  # the reader's own exception types differ between ComfyUI versions
-        raise InputError(
-            f"{path}",
-            found=f"a file that cannot be read ({error})",
-            expected="a complete safetensors file",
-            remedy="Copy or download it again.",
-        ) from error

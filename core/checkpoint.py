@@ -4,7 +4,6 @@ Only safetensors are read; headers are checked before any weight is touched, so 
 at once. Writing goes to a temporary file that is renamed, so a full disk leaves nothing half-written.
 """
 
-import errno
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
+from .files import cannot_write, write_file
 
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -214,13 +214,6 @@ def read_component(folder: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def cannot_write(path: str | Path, error: Exception) -> InputError:
-    """Return the error that tells people why `path` could not be written; a full disk is said in those words."""
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    remedy = "Free some space or choose another folder." if full else None
-    return InputError(f"writing {path}", found="a full disk" if full else str(error), remedy=remedy)
-
-
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
@@ -278,7 +271,7 @@ def import_single_file(path: str | Path, folder: str | Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             save_tensors({k: file.get_tensor(k) for k in file.keys()}, unfinished / TRANSFORMER_FILE)  # noqa: SIM118
-        (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_file(unfinished / "config.json", text + "\n")
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -10,13 +10,13 @@ IMAGE_SIZE = 64
 """Edge of a micro picture in pixels."""
 
 NUM_INFERENCE_STEPS = 20
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 1.5
 """Sampling defaults of the micro model (scheduler: FlowMatchEuler with `SHIFT`; ComfyUI: euler + normal)."""
 
 SHIFT = 3.0
 """Timestep shift of training and sampling. SD3's own value, so ComfyUI needs no extra node."""
 
-MAX_TOKENS = 20
+MAX_TOKENS = 14
 """Prompt length in tokens, start and end included."""
 
 TEXT_ENCODER_CONFIG = {

@@ -5,7 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+from .micro import CODEC_STEPS, DECODER_STEPS
+
 TRAIN_METHODS = ("pretrain",)
+_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1}
+"""Smallest values of whole numbers on the command line."""
 
 _TRAIN_HELP = """\
 Methods:
@@ -42,11 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="train the whole micro model from a seed (about an hour on two CPU cores)",
         epilog="Further flags are those of `unipic2 train pretrain`, e.g. --max_steps 100 for a quick trial.",
     )
-    make.add_argument("--out", type=Path, default=Path("runs/micro"), help="folder of the finished model")
+    make.add_argument(
+        "--out", type=Path, default=Path("runs/micro"), help="folder of the finished model; replaces an older one"
+    )
     make.add_argument("--work", type=Path, default=None, help="folder for stages and logs (default OUT + '-work')")
     make.add_argument("--seed", type=int, default=0, help="the one seed of everything (default 0)")
-    make.add_argument("--codec-steps", type=int, default=3000, help="optimizer steps of the VAE (default 3000)")
-    make.add_argument("--decoder-steps", type=int, default=1200, help="more steps of its decoder (default 1200)")
+    make.add_argument(
+        "--codec-steps", type=int, default=CODEC_STEPS, help="optimizer steps of the VAE (default %(default)s)"
+    )
+    make.add_argument(
+        "--decoder-steps", type=int, default=DECODER_STEPS, help="more steps of its decoder (default %(default)s)"
+    )
     return parser
 
 
@@ -54,7 +64,13 @@ def main(argv: list[str]) -> int:
     """Run `unipic2 train|eval|micro ...`; returns the exit status. Raises InputError for what the user can mend."""
     if argv[:1] == ["train"]:
         return _train(argv[1:])
+    from ..core.errors import InputError
+
     arguments, rest = build_parser().parse_known_args(argv)
+    for name, least in _LEAST.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}", found=value, expected=f"at least {least}")
     if arguments.command == "micro" and arguments.action == "make":
         from .micro.make import make
 
@@ -90,24 +106,23 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..core.errors import InputError
+    from ..core.files import write_file
     from ..core.micro import weights_dir
     from .kontext_pipeline import StableDiffusion3KontextPipeline
     from .micro.evaluate import evaluate
     from .micro.sheet import result_sheet, save_sheet
 
-    if arguments.n < 1:
-        raise InputError("--n", found=arguments.n, expected="at least 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out}", found="a file", expected="a folder, new or not")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     folder = weights_dir() if arguments.model == "micro" else Path(arguments.model)
     pipeline = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     sampling = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     results, drawn = evaluate(pipeline, arguments.n, arguments.seed, **sampling)
     results["model"] = arguments.model
-    arguments.out.mkdir(parents=True, exist_ok=True)
     save_sheet(result_sheet(drawn), arguments.out / "results.png")
-    temporary = arguments.out / ".results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(arguments.out / "results.json")
+    write_file(arguments.out / "results.json", json.dumps(results, indent=2) + "\n")
     _print_scores(results, arguments.out / "results.json")
     return 0
 

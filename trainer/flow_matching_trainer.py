@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..core.checkpoint import cannot_write, cast_file
+from ..core.checkpoint import cast_file
 from ..core.errors import InputError
+from ..core.files import cannot_write, check_replaceable
 from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
 from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .muon import MuonWithAdamW, is_block_matrix
 
 _EMA_FILE = "ema.safetensors"
+_STATE_FILE = "trainer_state.json"
 _DRAW_SEED = "draw_seed"
 
 
@@ -178,14 +180,18 @@ class EMACallback(TrainerCallback):
             foreach=True,
         )
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.ema.to(args.device)  # built before the Trainer moved the model
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.ema.step([p for p in model.parameters() if p.requires_grad])
 
     def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         tensors = dict(zip(self.names, (t.contiguous() for t in self.ema.shadow_params), strict=True))
-        metadata = {"optimization_step": str(self.ema.optimization_step)}
-        save_file(tensors, folder / f"{_EMA_FILE}.tmp", metadata=metadata)
+        save_file(tensors, folder / f"{_EMA_FILE}.tmp")
         (folder / f"{_EMA_FILE}.tmp").replace(folder / _EMA_FILE)
 
     def load(self, folder: Path, step: int) -> None:
@@ -204,6 +210,14 @@ class EMACallback(TrainerCallback):
     def swap_out(self, model: nn.Module) -> None:
         """Undo `swap_in`."""
         self.ema.restore([p for p in model.parameters() if p.requires_grad])
+
+
+def last_checkpoint(output_dir: str | Path, use_ema: bool) -> Path | None:
+    """Return the newest whole `checkpoint-N` in a folder: a killed run may have left its last one half-written."""
+    needed = [_STATE_FILE, *([_EMA_FILE] if use_ema else [])]
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.rpartition("-")[2].isdecimal()]
+    whole = [f for f in folders if all((f / name).is_file() for name in needed)]
+    return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
 
 
 class FlowMatchingTrainer(Trainer):
@@ -346,7 +360,7 @@ class FlowMatchingTrainer(Trainer):
         return self._get_dataloader(draws, "Training", self._train_batch_size, self._get_train_sampler, True)
 
     def _get_train_sampler(self, train_dataset=None) -> SeededSampler:
-        block, ratio = self.args.per_device_train_batch_size, self.args.edit_ratio
+        block, ratio = self._train_batch_size, self.args.edit_ratio
         return SeededSampler(TaskBlockSampler(self.train_dataset.is_edit, block, ratio, self.args.seed))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -358,10 +372,15 @@ class FlowMatchingTrainer(Trainer):
     def export(self, folder: str | Path) -> None:
         """Write the model in the published layout, averaged weights where there are any; all or nothing.
 
+        An exported pipeline in `folder` is replaced. Of several processes the first one writes.
+
         Raises:
-            InputError: the folder cannot be written, or the disk is full; what was there before stays.
+            InputError: `folder` holds something else, cannot be written, or the disk is full; what was there stays.
         """
-        folder = Path(folder)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(folder).absolute()
+        check_replaceable(folder)
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.swap_in(model)
@@ -394,6 +413,7 @@ class _PreviewCallback(TrainerCallback):
         trainer = self.trainer
         # Drawing must not move the training's random numbers: the run is the same with and without previews.
         with torch.random.fork_rng():
+            trainer.pipeline.vae.to(args.device)
             if trainer.ema is not None:
                 trainer.ema.swap_in(model)
             model.eval()

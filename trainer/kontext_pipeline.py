@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from ..core.checkpoint import check_transformer_config, component_files, read_header
 from ..core.errors import InputError
+from ..core.files import write_file
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from ..core.sizes import fit_size, nearest_valid_size
@@ -86,12 +88,22 @@ def _read_json(path: Path, expected: str) -> dict:
     return content
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out of a saved pipeline's configs where it was loaded from; that is of no use to whoever gets it."""
+    for path in folder.glob("**/*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 def _write_vocabulary(folder: Path) -> None:
+    if (folder / "vocab.json").is_file():
+        return
     model = _read_json(folder / "tokenizer.json", "a CLIP tokenizer")["model"]
     merges = "".join(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in model["merges"])
     vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
     for name, text in (("vocab.json", vocabulary), ("merges.txt", f"#version: 0.2\n{merges}")):
-        (folder / name).write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
 
 
 def _resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -129,23 +141,39 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             InputError: the folder is not a pipeline, its weights are missing, cut off, or not of this architecture, or
                 the hub does not have them.
         """
+        name = pretrained_model_name_or_path
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.is_absolute() or len(folder.parts) != 2:
+                raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
+            folder = cls._download(str(name), kwargs)
+        check_pipeline_folder(folder, set(kwargs))
         kwargs["use_safetensors"] = True
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            check_pipeline_folder(folder, set(kwargs))
-        elif folder.is_absolute() or len(folder.parts) != 2:
-            raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
         try:
             if "transformer" not in kwargs:
-                names = ("torch_dtype", "dtype", "cache_dir", "revision", "token", "local_files_only")
-                hub = {name: kwargs[name] for name in names if name in kwargs}
+                types = {key: kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
                 kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
-                    pretrained_model_name_or_path, subfolder="transformer", use_safetensors=True, **hub
+                    folder, subfolder="transformer", use_safetensors=True, **types
                 )
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:  # what diffusers and the hub raise for files that they cannot get
+            return super().from_pretrained(folder, **kwargs)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # a component whose config disagrees with its weights
+            found = " ".join(str(error).split())[:600]
+            raise InputError(f"model {name}", found=found, expected="components that fit their configs") from error
+
+    @staticmethod
+    def _download(name: str, kwargs: dict) -> Path:
+        """Fetch what a pipeline needs of a hub repository: no pickles, no code, no component that was given."""
+        keys = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+        options = {key: kwargs.pop(key) for key in keys if key in kwargs}
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        ignored = [f"{component}/*" for component in kwargs]
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, **options))
+        except (OSError, ValueError) as error:  # what the hub's client raises: no network, no such repository, ...
             raise InputError(
-                f"model {pretrained_model_name_or_path}",
+                f"model {name}",
                 found=str(error).strip().splitlines()[0],
                 expected="a folder with model_index.json, or a repository of the hub that can be reached",
             ) from error
@@ -165,6 +193,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         transformers 5 writes `tokenizer.json` alone; transformers 4, and ComfyUI with it, reads the other two.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
+        forget_paths(Path(save_directory))
         for name in ("tokenizer", "tokenizer_2"):
             if isinstance(getattr(self, name, None), CLIPTokenizer):
                 _write_vocabulary(Path(save_directory) / name)
@@ -223,7 +252,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 size = first.size if isinstance(first, Image.Image) else (first.shape[-1], first.shape[-2])
                 width, height = fit_size(*size, longer_edge=longer_edge)
         self._check_size(height, width)
-        if negative_prompt is None and image is not None and self.text_encoder_2 is not None:
+        ready = kwargs.get("negative_prompt_embeds") is not None
+        if negative_prompt is None and image is not None and self.text_encoder_2 is not None and not ready:
             negative_prompt = DEFAULT_EDIT_NEGATIVE_PROMPT
         if image is not None:
             prompts = len(prompt) if isinstance(prompt, list) else 1
@@ -263,7 +293,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         if sample_mode not in SAMPLE_MODES:
             raise InputError("sample_mode", found=repr(sample_mode), expected=f"one of {', '.join(SAMPLE_MODES)}")
         pixels = torch.stack([_resized(image, height, width) for image in images]) * 2 - 1
-        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        encoded = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents  # a VAE without a posterior (TAESD architecture)
         elif sample_mode == "sample":

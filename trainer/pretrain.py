@@ -12,8 +12,9 @@ from diffusers import AutoencoderTiny
 from trl import TrlParser
 
 from ..core.errors import InputError
+from ..core.files import check_replaceable
 from .flow_matching_config import FlowMatchingConfig
-from .flow_matching_trainer import FlowMatchingTrainer
+from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
 from .micro.evaluate import draw, judge
@@ -113,12 +114,16 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
         raise InputError(
             "model_name_or_path", found=type(pipeline.vae).__name__, expected="a micro model for dataset_name micro"
         )
+    output_dir = Path(args.output_dir)
+    check_replaceable(output_dir / "export")
+    checkpoint = last_checkpoint(output_dir, args.use_ema) if script_args.resume else None
+    if script_args.resume and checkpoint is None:
+        raise InputError("resume", found=f"no checkpoint in {output_dir}", expected="checkpoint-N of a stopped run")
     dataset = MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=micro_previews(args))
-    trainer.train(resume_from_checkpoint=script_args.resume or None)
-    folder = Path(args.output_dir) / "export"
-    trainer.export(folder)
-    return folder
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.export(output_dir / "export")
+    return output_dir / "export"
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,9 @@ import zlib
 
 import pytest
 from PIL import Image
-from unipic2.cli.pictures import read_rgb, write_file
+from unipic2.cli.pictures import read_rgb
 from unipic2.core.errors import InputError
+from unipic2.core.files import write_file
 
 RGB, GREY_ALPHA, RGBA = 2, 4, 6
 

@@ -81,6 +81,31 @@ def test_set_by_id_title_and_class(server, workflow):
     assert (inputs["steps"], inputs["cfg"], inputs["sampler_name"]) == (30, 1.5, "512")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", " "], "an empty text"),
+        (["--prompt", "x" * 10_000], "10,000 characters"),
+        (["--set", "steps=3"], "NODE.INPUT=VALUE"),
+        (["--image", "in.png", "--image", "in.png"], "no NODE="),
+        (["--python", "python3"], "--comfyui PATH"),
+    ],
+)
+def test_wrong_options_are_found_before_comfyui_is_installed(
+    workflow, tmp_path, make_png, monkeypatch, capsys, options, words
+):
+    monkeypatch.setattr("unipic2.cli.comfyui.resolve_install", lambda *args: pytest.fail("an install was looked for"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    (tmp_path / "in.png").write_bytes(make_png())
+    assert run(workflow, *options) == 2
+    assert words in only_error(capsys)
+
+
+def test_a_name_that_is_too_long_is_one_error(workflow, capsys):
+    assert run("x" * 300) == 2
+    assert "xxx" in only_error(capsys)
+
+
 def test_api_format_is_taken_as_it_is(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     api = {
@@ -167,8 +192,13 @@ def test_ctrl_c_stops_the_job(server, workflow, capsys):
         assert server.prompted.wait(20)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    assert run(workflow, "--server", server.url) == 130
+    # A shell that starts the tests in the background lets them ignore Ctrl-C.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        assert run(workflow, "--server", server.url) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert "POST /interrupt" in server.calls
     assert "Traceback" not in capsys.readouterr().err
 
@@ -185,6 +215,7 @@ def test_ctrl_c_stops_the_job(server, workflow, capsys):
         (["--set", "steps=3"], ["NODE.INPUT=VALUE"]),
         (["--prompt", "a cat"], ["no node with an input named prompt"]),
         (["--prompt", " "], ["an empty text"]),
+        (["--prompt", "red " * 2500], ["10,000 characters", "at most 4,000", "shorten it"]),
         (["--image", "2=in.png"], ['node 2 "Sampler" (KSampler), which loads no picture', "node 1 (LoadImage)"]),
         (["--image", "in.png", "--image", "in.png"], ["no NODE="]),
         (["--image", "missing.png"], ["No such file"]),
@@ -244,7 +275,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(server, workflow, tmp_pa
 
     monkeypatch.setattr(os, "fsync", full)
     assert run(workflow, "--server", server.url, "-o", "out.png") == 2
-    assert "No space left on device" in only_error(capsys)
+    assert "found a full disk" in only_error(capsys)
     assert (tmp_path / "out.png").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["draw.json", "out.png"]
 
@@ -255,7 +286,10 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(server, workflow, tmp_pa
 def test_missing_extra_is_one_line(workflow, monkeypatch, capsys):
     monkeypatch.setattr("unipic2.cli.run.REQUIRES", {"no_such_module": "no-such-package"})
     assert run(workflow) == 2
-    assert only_error(capsys) == 'error: unipic2 run needs no-such-package. pip install "unipic2[run]"'
+    assert (
+        only_error(capsys)
+        == 'error: unipic2 run needs no-such-package. In the folder of unipic2: pip install ".[run]"'
+    )
 
 
 def test_help_and_version(capsys):
@@ -316,7 +350,9 @@ def test_missing_training_package_is_one_line(trainer, capsys):
 
     trainer(needs)
     assert main(["train", "pretrain"]) == 2
-    expected = 'error: unipic2 train needs the package diffusers.models. pip install "unipic2[train]"'
+    expected = (
+        'error: unipic2 train needs the package diffusers.models. In the folder of unipic2: pip install ".[train]"'
+    )
     assert only_error(capsys) == expected
 
 

@@ -89,14 +89,13 @@ def models_folder(pipeline, tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("models") / "unipic2"
     for name in ("random", "truncated", "no_vae", "wrong_config", "wrong_tensors"):
         pipeline.save_pretrained(base / name)
-        write_tokenizer(base / name / "tokenizer")
     weights = "transformer/diffusion_pytorch_model.safetensors"
     data = (base / "truncated" / weights).read_bytes()
     (base / "truncated" / weights).write_bytes(data[: len(data) // 2])
     (base / "no_vae/vae/diffusion_pytorch_model.safetensors").unlink()
     config = base / "wrong_config/transformer/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 4}))
-    tensors = load_file(base / "wrong_tensors" / weights)
+    tensors = {key: tensor.clone() for key, tensor in load_file(base / "wrong_tensors" / weights).items()}
     del tensors["transformer_blocks.1.attn.to_q.weight"]
     save_file(tensors, base / "wrong_tensors" / weights)
     return base

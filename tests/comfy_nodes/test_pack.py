@@ -61,9 +61,9 @@ REFUSALS = {
     "wrong_clip": ("UniPic2 Text Encode, clip", "l, t5xxl", "CLIP-G"),
     "unknown_model": ("UniPic2 Micro Loader, model", "'absent'", "'random'"),
     "wrong_reference": ("reference latent", "(1, 4, 8, 8)", "16"),
-    "folder_truncated": ("transformer/diffusion_pytorch_model.safetensors", "cannot be read"),
-    "folder_no_vae": ("vae/diffusion_pytorch_model.safetensors", "no such file"),
-    "folder_wrong_config": ("transformer/config.json, num_layers", "found 4", "expected 3"),
+    "folder_truncated": ("transformer/diffusion_pytorch_model.safetensors", "The file was cut off"),
+    "folder_no_vae": ("no_vae/vae", "no safetensors file"),
+    "folder_wrong_config": ("num_layers in", "transformer/config.json", "found 4", "expected 3"),
     "folder_wrong_tensors": ("1 missing tensors", "transformer_blocks.1.attn.to_q.weight"),
 }
 

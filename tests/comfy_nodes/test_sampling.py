@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from unipic2.core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 pytestmark = pytest.mark.comfyui
+
+STEPS, CFG = 20, 3.0  # what comfyui_process.py samples with
 
 
 @torch.no_grad()
@@ -43,8 +44,8 @@ def test_ksampler_equals_the_pipeline(comfyui, pipeline, inputs, case):
         image=image,
         height=64,
         width=96,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=STEPS,
+        guidance_scale=CFG,
         latents=noise,
         output_type="latent",
     ).images
@@ -55,8 +56,8 @@ def test_ksampler_equals_the_pipeline(comfyui, pipeline, inputs, case):
 @pytest.mark.parametrize(("case", "batch"), [("t2i", 1), ("edit", 1), ("edit_batch", 2)])
 def test_both_prompts_run_in_one_forward(comfyui, case, batch):
     # Counted by a DIFFUSION_MODEL wrapper, so it also shows that such wrappers run.
-    assert comfyui[1][f"sampling.{case}.batches"] == [2 * batch] * NUM_INFERENCE_STEPS
+    assert comfyui[1][f"sampling.{case}.batches"] == [2 * batch] * STEPS
 
 
 def test_the_stock_easycache_node_saves_forwards(comfyui):
-    assert 0 < comfyui[1]["easycache_runs"] < NUM_INFERENCE_STEPS
+    assert 0 < comfyui[1]["easycache_runs"] < STEPS

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 from unipic2.core.errors import InputError
+from unipic2.core.micro import MAX_TOKENS
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
-from unipic2.trainer.flow_matching_trainer import TaskBlockSampler
+from unipic2.trainer.flow_matching_trainer import TaskBlockSampler, last_checkpoint
 from unipic2.trainer.micro.dataset import MicroDataset
 from unipic2.trainer.micro.tasks import sample_edit
 from unipic2.trainer.micro.world import render
@@ -132,7 +133,7 @@ def test_caption_dropout(make_trainer, task, field):
         trainer = make_trainer(**{"caption_dropout": 0.5, "edit_caption_dropout": 0.5, field: share})
         samples = [trainer.train_dataset[task + i] for i in range(6)]
         batch = trainer.collate(samples)
-        assert batch["text"].shape == (6, 20) and batch["latents"].shape == (6, 16, 8, 8)
+        assert batch["text"].shape == (6, MAX_TOKENS) and batch["latents"].shape == (6, 16, 8, 8)
         assert ("ref_latents" in batch) == (task == 6)
         if share == 1.0:
             empty = batch["text"]
@@ -327,6 +328,16 @@ def test_kill_and_resume_at_the_end_of_a_pass(make_trainer):
     assert_resumes_exactly(make_trainer, Samples(4, 4))
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    for step, names in ((9, ["trainer_state.json"]), (8, ["trainer_state.json", "ema.safetensors"]), (10, [])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in names:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert last_checkpoint(tmp_path, use_ema=True).name == "checkpoint-8"
+    assert last_checkpoint(tmp_path, use_ema=False).name == "checkpoint-9"
+    assert last_checkpoint(tmp_path / "none", use_ema=True) is None
+
+
 def test_kill_and_resume_with_muon(make_trainer):
     """Its momentum is part of the checkpoint."""
     assert_resumes_exactly(make_trainer, Samples(12, 12), muon_learning_rate=1e-2)
@@ -427,6 +438,10 @@ def test_export_without_an_average_and_over_an_old_one(make_trainer, tmp_path):
     trainer.train()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "stale.txt").write_text("old")
+    with pytest.raises(InputError, match="a folder without model_index.json"):
+        trainer.export(tmp_path / "export")
+    assert (tmp_path / "export" / "stale.txt").read_text() == "old"
+    (tmp_path / "export" / "model_index.json").write_text("{}")
     trainer.export(tmp_path / "export")
     stored = load_file(tmp_path / "export/transformer/diffusion_pytorch_model.safetensors")
     ours = {n.removeprefix("transformer."): p for n, p in weights(trainer).items() if n.startswith("transformer.")}

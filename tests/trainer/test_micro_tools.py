@@ -52,10 +52,23 @@ def test_a_work_folder_of_another_run_is_left_alone(tmp_path):
 
     first = _Stages(tmp_path, {"seed": 0})
     first.run("codec", lambda: (tmp_path / "weights").write_text("hours of work"))
-    assert _Stages(tmp_path, {"seed": 0}).state["minutes"].keys() == {"codec"}
+    again = _Stages(tmp_path, {"seed": 0})
+    again.run("codec", lambda: pytest.fail("it is done"))
+    assert again.minutes.keys() == {"codec"}
     with pytest.raises(InputError, match="a run with other settings.*--work"):
         _Stages(tmp_path, {"seed": 1})
     assert (tmp_path / "weights").read_text() == "hours of work"
+
+
+def test_make_replaces_nothing_that_is_not_a_model(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.png").write_text("dear to me")
+    for out in ("mine", "mine/photo.png"):
+        with pytest.raises(InputError, match="expected a new folder, an empty one, or an exported pipeline"):
+            main(["micro", "make", "--out", str(tmp_path / out), "--work", str(tmp_path / "work")])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(InputError, match="found --output_dir, expected other flags"):
+        main(["micro", "make", "--out", str(tmp_path / "new"), "--output_dir", "x"])
 
 
 def test_an_untrained_codec_scores_badly(vae):
@@ -130,6 +143,11 @@ def test_the_eval_command(pipeline, tmp_path, capsys):
 def test_the_eval_command_with_bad_flags(tmp_path):
     with pytest.raises(InputError, match="--n: found 0"):
         main(["eval", "micro", "--n", "0", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="--seed: found -1, expected at least 0"):
+        main(["micro", "sheet", "--seed", "-1"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="found a file"):
+        main(["eval", "micro", "--out", str(tmp_path / "file")])
     with pytest.raises(InputError, match="no such folder"):
         main(["eval", "micro", "--model", str(tmp_path / "none"), "--out", str(tmp_path)])
     for flags in (["eval", "micro"], ["eval", "micro", "--out", "x", "--nn", "3"], ["micro"]):

@@ -66,6 +66,12 @@ def test_save_and_load_draws_the_same(pipeline, folder):
     assert_draws_the_same(loaded, pipeline)
 
 
+def test_saved_configs_do_not_tell_where_they_came_from(folder, tmp_path):
+    load(folder).save_pretrained(tmp_path / "again")
+    texts = [path.read_text() for path in (tmp_path / "again").glob("**/*.json")]
+    assert len(texts) > 5 and not any("_name_or_path" in text or str(tmp_path) in text for text in texts)
+
+
 def test_the_tokenizer_is_saved_for_old_and_new_readers(pipeline, folder):
     """ComfyUI's tokenizer reads `vocab.json` and `merges.txt`, which transformers 5 no longer writes."""
     vocabulary = json.loads((folder / "tokenizer/vocab.json").read_text())

@@ -1,1 +1,7 @@
 """The micro world: scenes whose correctness a program can check, and the micro model trained on them."""
+
+CODEC_STEPS = 3000
+"""Optimizer steps of the micro VAE, unless `unipic2 micro make` is told otherwise."""
+
+DECODER_STEPS = 1200
+"""Further steps of its decoder alone."""

@@ -83,7 +83,7 @@ class CodecLoss(nn.Module):
         latents = self.vae.encode(pixel_values).latents.float()
         std, mean = torch.std_mean(latents, dim=(0, 2, 3))
         statistics = mean.square().mean() + (std - 1).square().mean()
-        noise = _MOST_NOISE * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+        noise = _MOST_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device) * torch.randn_like(latents)
         decoded = self.vae.decode(latents + noise).sample.float()
         reconstruction = F.mse_loss(decoded, pixel_values) + 0.2 * F.l1_loss(decoded, pixel_values)
         return {"loss": reconstruction + _STATISTICS_WEIGHT * statistics}

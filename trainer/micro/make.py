@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -12,9 +13,12 @@ from diffusers import AutoencoderTiny
 
 from ...core.checkpoint import cast_file
 from ...core.errors import InputError
+from ...core.files import check_replaceable, write_file
 from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
-from ..kontext_pipeline import StableDiffusion3KontextPipeline
+from ..flow_matching_trainer import last_checkpoint
+from ..kontext_pipeline import StableDiffusion3KontextPipeline, forget_paths
 from ..pretrain import parse, pretrain
+from . import CODEC_STEPS, DECODER_STEPS
 from .build import build_pipeline, build_tokenizer
 from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
@@ -22,14 +26,15 @@ from .sheet import result_sheet, save_sheet
 
 _HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
 _STAGES = "stages.json"
+_FIXED = ("--output_dir", "--model_name_or_path", "--resume", "--seed")  # what this command itself decides
 
 
 class _Stages:
-    """Which stages are done, with their minutes, so that a stopped run goes on where it was."""
+    """Which stages are done, with the minutes of all their attempts, so that a stopped run goes on where it was."""
 
     def __init__(self, work: Path, settings: dict):
         self.path = work / _STAGES
-        self.state = {"settings": settings, "minutes": {}}
+        self.state = {"settings": settings, "minutes": {}, "done": []}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
             if self.state["settings"] != settings:
@@ -41,18 +46,25 @@ class _Stages:
                 )
         work.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def minutes(self) -> dict[str, float]:
+        """Minutes by stage."""
+        return {name: round(minutes, 1) for name, minutes in self.state["minutes"].items()}
+
     def run(self, name: str, action) -> None:
-        """Run `action` unless it is done, and note how long it took."""
-        if name in self.state["minutes"]:
+        """Run `action` unless it is done, and note how long it took, also when it is stopped."""
+        if name in self.state["done"]:
             sys.stderr.write(f"[{name}] done before\n")
             return
         sys.stderr.write(f"[{name}] starts\n")
         start = time.monotonic()
-        action()
-        self.state["minutes"][name] = round((time.monotonic() - start) / 60, 1)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=2), encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            action()
+            self.state["done"].append(name)
+        finally:
+            spent = (time.monotonic() - start) / 60
+            self.state["minutes"][name] = self.state["minutes"].get(name, 0) + spent
+            write_file(self.path, json.dumps(self.state, indent=2))
 
 
 def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int, overrides: list[str]) -> dict:
@@ -70,8 +82,14 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         The results on held-out prompts and edits.
 
     Raises:
-        InputError: `work` holds a run with other settings.
+        InputError: `work` holds a run with other settings, or `out` something that is no exported pipeline.
     """
+    fixed = [flag for flag in overrides if flag.partition("=")[0] in _FIXED]
+    if fixed:
+        remedy = "Use --out and --work for folders."
+        raise InputError("unipic2 micro make", found=", ".join(fixed), expected="other flags", remedy=remedy)
+    out, work = out.absolute(), work.absolute()
+    check_replaceable(out)
     settings = {"seed": seed, "codec_steps": codec_steps, "decoder_steps": decoder_steps, "overrides": overrides}
     stages = _Stages(work, settings)
     vae_dir, init_dir, run_dir, decoder_dir, model_dir = (
@@ -89,8 +107,7 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         build_pipeline(vae, build_tokenizer(work / "tokenizer", seed), seed).save_pretrained(init_dir)
 
     stages.run("build", build)
-    checkpoints = list(run_dir.glob("checkpoint-*"))
-    script_args.resume = bool(checkpoints)
+    script_args.resume = last_checkpoint(run_dir, args.use_ema) is not None
     stages.run("pretrain", lambda: pretrain(script_args, args))
 
     def refine() -> None:
@@ -106,12 +123,15 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         scores, drawn = evaluate(pipeline, 256, _HELD_OUT_SEED)
         scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, _HELD_OUT_SEED), 4)
         save_sheet(result_sheet(drawn), work / "results.png")
-        (work / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_file(work / "results.json", json.dumps(scores, indent=2) + "\n")
 
     stages.run("evaluate", score)
     results = json.loads((work / "results.json").read_text(encoding="utf-8"))
     steps = {"codec": codec_steps, "pretrain": args.max_steps, "decoder": decoder_steps}
-    _publish(model_dir, out, card(stages.state["minutes"], seed, steps, results))
+    command = ["unipic2", "micro", "make", "--seed", str(seed)]
+    command += ["--codec-steps", str(codec_steps)] if codec_steps != CODEC_STEPS else []
+    command += ["--decoder-steps", str(decoder_steps)] if decoder_steps != DECODER_STEPS else []
+    _publish(model_dir, out, card(shlex.join([*command, *overrides]), stages.minutes, steps, results))
     return results
 
 
@@ -122,18 +142,19 @@ def _assemble(export: Path, decoder: Path, model: Path, dtype: torch.dtype) -> N
     shutil.copytree(decoder, model / "vae")
     for file in (model / "vae").glob("*.safetensors"):
         cast_file(file, dtype)
+    forget_paths(model)
 
 
 def _publish(export: Path, out: Path, text: str) -> None:
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(export, unfinished)
-    (unfinished / "README.md").write_text(text, encoding="utf-8")
+    write_file(unfinished / "README.md", text)
     shutil.rmtree(out, ignore_errors=True)
     unfinished.rename(out)
 
 
-def card(minutes: dict, seed: int, steps: dict, results: dict) -> str:
+def card(command: str, minutes: dict, steps: dict, results: dict) -> str:
     """Return the model card as Markdown."""
     rows = []
     for task in ("t2i", "edit"):
@@ -150,7 +171,7 @@ in the published layout. It exists so that training, loading and sampling can be
 Made by one command, {total:.0f} minutes on {torch.get_num_threads()} CPU threads (in minutes: {spent}):
 
 ```
-unipic2 micro make --seed {seed}
+{command}
 ```
 
 Optimizer steps: {taken}; torch {torch.__version__.partition("+")[0]}, {platform.machine()}. No reinforcement

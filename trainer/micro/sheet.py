@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...core.checkpoint import cannot_write
 from ...core.errors import InputError
+from ...core.files import cannot_write
 from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 from .verifier import verify_edit, verify_t2i
 from .world import render

@@ -161,7 +161,8 @@ def _coverage(pixels: np.ndarray, labels: np.ndarray, label: int, ground: np.nda
 
 def verify_t2i(image: Image.Image, task: T2ITask) -> Verdict:
     """Judge a generated picture against a prompt."""
-    found = list(read_scene(image).things)
+    read = read_scene(image)
+    found = list(read.things)
     clauses = []
     asked = {look: task.looks.count(look) for look in task.looks}
     for (shape, color), count in asked.items():
@@ -172,7 +173,8 @@ def verify_t2i(image: Image.Image, task: T2ITask) -> Verdict:
         (first,), (second,) = ([t for t in found if t.shape == shape][:1] or [None] for shape, _ in task.looks)
         holds = first is not None and second is not None and relation_holds(first, second, task.relation)
         clauses.append(Clause(f"first is {task.relation} second", holds))
-    clauses.append(Clause("nothing else", len(found) == len(task.looks), f"{len(found)} things"))
+    alone = len(found) == len(task.looks) and read.ground != "unknown"
+    clauses.append(Clause("nothing else", alone, f"{len(found)} things on {read.ground}"))
     return Verdict(tuple(clauses))
 
 

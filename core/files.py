@@ -1,0 +1,54 @@
+"""Files are written whole or not at all, and folders of ours only replace folders of ours."""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from .errors import InputError
+
+PIPELINE_INDEX = "model_index.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(path: str | Path, error: Exception) -> InputError:
+    """Return the error that tells people why `path` could not be written; a full disk is said in those words."""
+    full = getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+    found = "a full disk" if full else getattr(error, "strerror", None) or error
+    remedy = "Free some space or choose another folder; nothing was left half-written." if full else None
+    return InputError(f"writing {path}", found=found, remedy=remedy)
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) through a temporary file beside `path`: the file is whole, or as it was before.
+
+    Raises:
+        InputError: full disk, no permission, ...
+    """
+    data = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is not an exported pipeline.
+
+    Raises:
+        InputError: `folder` is a file, or a folder with other things in it.
+    """
+    if folder.is_dir() and ((folder / PIPELINE_INDEX).is_file() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX}"
+        expected = "a new folder, an empty one, or an exported pipeline, which is replaced"
+        raise InputError(f"output {folder}", found=found, expected=expected)
