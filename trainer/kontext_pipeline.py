@@ -26,6 +26,10 @@ from .kontext_transformer import SD3Transformer2DKontextModel
 
 SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
+_TOKEN_EMBEDDINGS = {
+    "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
+    "shared.weight": ("vocab_size", "d_model"),
+}
 
 
 def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
@@ -37,7 +41,7 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
 
     Raises:
         InputError: `model_index.json` is missing or broken, a component's folder or weight file is missing, a pickle
-            or cut off, or the transformer's `config.json` disagrees with its weights.
+            or cut off, or the `config.json` of the transformer or a text encoder disagrees with its weights.
     """
     index = _read_json(folder / "model_index.json", "a pipeline in the published layout")
     # An entry is [library, class]; [null, null] says that the pipeline has no such component.
@@ -47,19 +51,31 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
             raise InputError(
                 f"model {folder}", found=f"no {name} folder", expected=f"{name}/, as model_index.json says"
             )
-    shapes = {}
     for name in sorted(present - given):
         if name.startswith(("tokenizer", "scheduler")):
             continue
         headers = [read_header(file) for file in component_files(folder / name)]
+        shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
+        path = folder / name / "config.json"
+        config = _read_json(path, f"the settings of the {name}")
         if name == "transformer":
-            shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
-    if "transformer" in given:
-        return
-    path = folder / "transformer" / "config.json"
-    config = _read_json(path, "the transformer's settings")
-    check_transformer_config(config, shapes, path)
-    _check_tensors(config, shapes, folder / "transformer")
+            check_transformer_config(config, shapes, path)
+            _check_tensors(config, shapes, folder / name)
+        elif name.startswith("text_encoder"):
+            _check_text_encoder(config, shapes, path)
+
+
+def _check_text_encoder(config: dict, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Compare the sizes of a CLIP or T5 text encoder with its token embedding; transformers names neither."""
+    for key, fields in _TOKEN_EMBEDDINGS.items():
+        for field, size in zip(fields, shapes.get(key, ()), strict=False):
+            if config.get(field) != size:
+                raise InputError(
+                    f"{field} in {path}",
+                    found="nothing" if config.get(field) is None else config[field],
+                    expected=f"{size}, which is what the weights have",
+                    remedy="Use the config.json that belongs to these weights.",
+                )
 
 
 def _check_tensors(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_missing_component_folder(folder, component):
 
 def test_a_missing_config(folder):
     (folder / "transformer" / "config.json").unlink()
-    assert "config.json: found no such file, expected the transformer's settings" in error_of(folder)
+    assert "config.json: found no such file, expected the settings of the transformer" in error_of(folder)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
@@ -197,6 +197,18 @@ def test_a_config_that_disagrees_with_its_weights(folder, field, value):
     rewrite_json(folder / "transformer" / "config.json", **{field: value})
     message = error_of(folder)
     assert message.startswith(f"{field} in ") and f"found {value}" in message
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])
+def test_a_text_encoders_config_that_disagrees(folder, field):
+    rewrite_json(folder / "text_encoder" / "config.json", **{field: 64})
+    message = error_of(folder)
+    assert message.startswith(f"{field} in ") and "found 64, expected" in message
+
+
+def test_a_vaes_config_that_disagrees(folder):
+    rewrite_json(folder / "vae" / "config.json", latent_channels=4)
+    assert "expected shape" in error_of(folder)
 
 
 @pytest.mark.parametrize("field", ["num_layers", "qk_norm", "dual_attention_layers"])
