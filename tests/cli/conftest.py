@@ -127,6 +127,8 @@ class FakeComfyUI:
         return await self._answer({"name": form["image"].filename, "subfolder": "", "type": "input"})
 
     async def _socket(self, request):
+        if self.fault == "finishes unseen" and self.sockets:
+            self._record()
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         self.sockets.append(socket)
@@ -187,6 +189,8 @@ class FakeComfyUI:
         elif self.fault == "restarted":
             self.running = []
             await self.sockets[-1].close()
+        elif self.fault == "finishes unseen":
+            await self.sockets[-1].close()
         elif self.fault == "drops the socket":
             await self.sockets[-1].close()
             while len(self.sockets) < 2:
@@ -197,15 +201,19 @@ class FakeComfyUI:
         return True
 
     async def _finish(self, job):
-        kind = "temp" if self.fault == "previews only" else "output"
-        images = [{"filename": f"x_{i}_.png", "subfolder": "", "type": kind} for i in range(len(self.pictures))]
         await self._send("execution_success", job)
         # Like the real one: the history follows the event.
         await asyncio.sleep(0.05)
+        self._record()
+        await self._send("executing", {"node": None, **job})
+
+    def _record(self):
+        """Put the finished job into the history."""
+        kind = "temp" if self.fault == "previews only" else "output"
+        images = [{"filename": f"x_{i}_.png", "subfolder": "", "type": kind} for i in range(len(self.pictures))]
         outputs = {} if self.fault == "saves nothing" else {"3": {"images": images}}
         self.history["job-1"] = {"outputs": outputs, "status": {"status_str": "success", "messages": []}}
         self.running = []
-        await self._send("executing", {"node": None, **job})
 
 
 @pytest.fixture

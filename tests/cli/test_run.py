@@ -1,5 +1,6 @@
 """`unipic2 run` against a server that speaks ComfyUI's protocol: what it sends, saves, prints, and how it fails."""
 
+import asyncio
 import errno
 import json
 import os
@@ -128,6 +129,25 @@ def test_a_dropped_socket_is_connected_again(server, workflow, tmp_path):
     server.fault = "drops the socket"
     assert run(workflow, "--server", server.url) == 0
     assert (tmp_path / "draw_42.png").is_file() and len(server.sockets) == 2
+
+
+def test_a_job_that_ends_between_two_connections_is_found(server, workflow, tmp_path):
+    server.fault = "finishes unseen"
+    assert run(workflow, "--server", server.url, "--timeout", "20") == 0
+    assert (tmp_path / "draw_42.png").is_file() and len(server.sockets) == 2
+
+
+def test_a_limit_that_ran_out_leaves_no_cancellation_behind():
+    from unipic2.cli.client import _limit
+
+    async def main():
+        with pytest.raises(asyncio.TimeoutError):
+            async with _limit(0.01):
+                await asyncio.sleep(5)
+        await asyncio.sleep(0)
+        return getattr(asyncio.current_task(), "cancelling", lambda: 0)()
+
+    assert asyncio.run(main()) == 0
 
 
 # -- servers that fail ---------------------------------------------------------------------------------------------

@@ -112,6 +112,21 @@ def test_half_precision(folder):
     assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
+def test_a_hub_repository_is_fetched_without_pickles_or_code(pipeline, folder, monkeypatch):
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr("unipic2.trainer.kontext_pipeline.snapshot_download", snapshot)
+    loaded = load("someone/model", revision="v1", text_encoder=pipeline.text_encoder)
+    assert_draws_the_same(loaded, pipeline)
+    assert asked["name"] == "someone/model" and asked["revision"] == "v1"
+    assert "text_encoder/*" in asked["ignore_patterns"]
+    assert not any(p.endswith((".bin", ".pt", ".ckpt", ".py", "*")) for p in asked["allow_patterns"])
+
+
 # Folders that cannot be loaded
 
 
