@@ -138,6 +138,16 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     }
 
 
+def config_disagrees(field: str, written: object, real: object, path: str | Path) -> InputError:
+    """Return the error for a field of the config at `path` that is not what its weights have."""
+    return InputError(
+        f"{field} in {path}",
+        found="nothing" if written is None else written,
+        expected=f"{real}, which is what the weights have",
+        remedy="Use the config.json that belongs to these weights.",
+    )
+
+
 def check_transformer_config(config: Mapping, shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> None:
     """Compare a `config.json` with the weights beside it.
 
@@ -150,12 +160,7 @@ def check_transformer_config(config: Mapping, shapes: Mapping[str, tuple[int, ..
         written = list(written) if isinstance(written, (list, tuple)) else written
         absent = name not in config and not value  # no dual attention, no norm: an absent field says the same
         if name != "sample_size" and written != value and not absent:
-            raise InputError(
-                f"{name} in {path}",
-                found="nothing" if written is None else written,
-                expected=f"{value}, which is what the weights have",
-                remedy="Use the config.json that belongs to these weights.",
-            )
+            raise config_disagrees(name, written, value, path)
 
 
 def component_files(folder: str | Path) -> list[Path]:

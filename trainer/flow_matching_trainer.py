@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..core.checkpoint import cast_file
+from ..core.checkpoint import cast_file, save_tensors
 from ..core.errors import InputError
 from ..core.files import cannot_write, check_replaceable
 from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
@@ -191,8 +191,7 @@ class EMACallback(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         tensors = dict(zip(self.names, (t.contiguous() for t in self.ema.shadow_params), strict=True))
-        save_file(tensors, folder / f"{_EMA_FILE}.tmp")
-        (folder / f"{_EMA_FILE}.tmp").replace(folder / _EMA_FILE)
+        save_tensors(tensors, folder / _EMA_FILE)
 
     def load(self, folder: Path, step: int) -> None:
         """Take the average of a checkpoint back."""

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from ..core.checkpoint import check_transformer_config, component_files, read_header
+from ..core.checkpoint import check_transformer_config, component_files, config_disagrees, read_header
 from ..core.errors import InputError
 from ..core.files import write_file
 from ..core.pictures import to_rgb
@@ -70,12 +70,7 @@ def _check_text_encoder(config: dict, shapes: dict[str, tuple[int, ...]], path: 
     for key, fields in _TOKEN_EMBEDDINGS.items():
         for field, size in zip(fields, shapes.get(key, ()), strict=False):
             if config.get(field) != size:
-                raise InputError(
-                    f"{field} in {path}",
-                    found="nothing" if config.get(field) is None else config[field],
-                    expected=f"{size}, which is what the weights have",
-                    remedy="Use the config.json that belongs to these weights.",
-                )
+                raise config_disagrees(field, config.get(field), size, path)
 
 
 def _check_tensors(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Contact sheets: pictures with their words, to be looked at."""
 
+import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...core.errors import InputError
-from ...core.files import cannot_write
+from ...core.files import write_file
 from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 from .verifier import verify_edit, verify_t2i
 from .world import render
@@ -98,15 +99,11 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     Raises:
         InputError: the folder does not exist, the suffix is no picture format, or the file cannot be written.
     """
-    if path.suffix.lower() not in Image.registered_extensions():
+    formats = Image.registered_extensions()
+    if path.suffix.lower() not in formats:
         raise InputError(f"sheet {path}", found=f"suffix {path.suffix!r}", expected="a picture format, such as .png")
     if not path.parent.is_dir():
         raise InputError(f"sheet {path}", found=f"no folder {path.parent}", remedy="Create it first.")
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        sheet.save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoded = io.BytesIO()
+    sheet.save(encoded, formats[path.suffix.lower()])
+    write_file(path, encoded.getvalue())
