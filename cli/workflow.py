@@ -270,16 +270,22 @@ def split_assignment(prompt: dict, text: str) -> tuple[str, str, str]:
     Raises:
         InputError: another form, or a node that is not there.
     """
-    target, equals, value = text.partition("=")
+    target, value = _target_and_value(text)
     dots = [i for i, letter in enumerate(target) if letter == "."]
-    if not equals or not dots:
-        raise InputError(f"--set {text}", expected="NODE.INPUT=VALUE, such as --set KSampler.steps=30")
     for dot in dots:
         names = {(node.get("_meta") or {}).get("title") for node in prompt.values()}
         names |= {node["class_type"] for node in prompt.values()} | set(prompt)
         if target[:dot] in names:
             return find_node(prompt, target[:dot]), target[dot + 1 :], value
     return find_node(prompt, target[: dots[0]]), target[dots[0] + 1 :], value
+
+
+def _target_and_value(text: str) -> tuple[str, str]:
+    """Split `NODE.INPUT=VALUE` at the first `=`; whether there is such a node only the workflow can tell."""
+    target, equals, value = text.partition("=")
+    if not equals or "." not in target:
+        raise InputError(f"--set {text}", expected="NODE.INPUT=VALUE, such as --set KSampler.steps=30")
+    return target, value
 
 
 MAX_PROMPT_LENGTH = 4000
@@ -302,9 +308,7 @@ def check_options(prompt: str | None, assignments: list[str], images: list[str])
             remedy="The text encoders read 77 tokens (CLIP) and 256 (T5), so most of it would be lost: shorten it.",
         )
     for text in assignments:
-        target, equals, _ = text.partition("=")
-        if not equals or "." not in target:
-            raise InputError(f"--set {text}", expected="NODE.INPUT=VALUE, such as --set KSampler.steps=30")
+        _target_and_value(text)
     if len(images) > 1 and (bare := [text for text in images if "=" not in text]):
         raise InputError(f"--image {bare[0]}", found="no NODE=", expected="NODE=FILE where there are several")
 
