@@ -24,6 +24,8 @@ examples:
 
 TRAINER_COMMANDS = {
     "train": "train a model: train METHOD --config FILE [--field value ...]",
+    "data": "look at training data: data check DATASET ...",
+    "export": "write a trained model as one file for ComfyUI: export --model DIR --out FILE",
     "eval": "measure a model: eval BENCHMARK --model DIR_OR_NAME --out DIR",
     "micro": "the micro world: scenes, contact sheets, the bundled model",
 }

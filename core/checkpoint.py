@@ -232,7 +232,10 @@ def save_tensors(
         raise InputError(f"output {path}", found="no such folder", expected="an existing folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes files private
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
@@ -247,16 +250,21 @@ def cast_file(path: str | Path, dtype: torch.dtype) -> None:
     save_tensors(tensors, path, header.metadata)
 
 
-def export_single_file(folder: str | Path, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+def export_single_file(
+    folder: str | Path, path: str | Path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Merge `folder/transformer` (published layout, sharded or not) into one file that ComfyUI's UNETLoader reads.
 
-    Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format.
+    Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format. Floating-point
+    tensors are cast to `dtype`; None keeps their own.
 
     Raises:
         InputError: the folder holds no SD3 transformer, or the file cannot be written.
     """
     tensors = read_component(Path(folder) / "transformer")
     transformer_config({k: tuple(t.shape) for k, t in tensors.items()})
+    if dtype is not None:
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     save_tensors(tensors, path, {"format": "pt", "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .errors import InputError
 
-PIPELINE_INDEX = "model_index.json"
+PIPELINE_INDEX, COMFYUI_LORA = "model_index.json", "comfyui_lora.safetensors"
+"""Files that tell an exported pipeline, and an exported LoRA, from any other folder."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -41,12 +42,13 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is not an exported pipeline.
+    """Refuse to replace what is not an exported pipeline or LoRA.
 
     Raises:
         InputError: `folder` is a file, or a folder with other things in it.
     """
-    if folder.is_dir() and ((folder / PIPELINE_INDEX).is_file() or not any(folder.iterdir())):
+    ours = any((folder / name).is_file() for name in (PIPELINE_INDEX, COMFYUI_LORA))
+    if ours or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.exists():
         found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX}"

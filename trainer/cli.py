@@ -1,14 +1,17 @@
-"""The trainer's part of the `unipic2` command: `train`, `eval` and `micro`."""
+"""The trainer's part of the `unipic2` command: `train`, `data`, `export`, `eval` and `micro`."""
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+from ..core.errors import InputError
 from .micro import CODEC_STEPS, DECODER_STEPS
 
 TRAIN_METHODS = ("pretrain",)
-_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1}
+ACCELERATE_CONFIGS = ("ddp",)
+_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1}
 """Smallest values of whole numbers on the command line."""
 
 _TRAIN_HELP = """\
@@ -18,15 +21,43 @@ Methods:
 Settings come from a YAML file and from flags; flags win, unknown names are errors:
   unipic2 train pretrain --config my.yaml --learning_rate 5e-4 --output_dir runs/a
 
+Several processes on one machine, by accelerate (a profile's name, or a file of your own):
+  unipic2 train pretrain --config my.yaml --accelerate_config ddp --num_processes 8
+
 `unipic2 train pretrain --help` lists every setting with its unit.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `eval` and `micro` (`train` hands its flags on to the method)."""
+    """Return the parser of all but `train`, which hands its flags on to the method."""
     parser = argparse.ArgumentParser(prog="unipic2")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model", epilog=_TRAIN_HELP)
+
+    data = commands.add_parser("data", help="look at training data").add_subparsers(dest="action", required=True)
+    check = data.add_parser(
+        "check",
+        help="read a dataset and report counts, sizes, buckets, broken rows and duplicates",
+        description="Decodes every row. Exit status 1 where more rows are broken than --max-broken allows.",
+    )
+    check.add_argument("dataset", nargs="+", help=".jsonl, .json, .parquet or .tar file, a folder, or a hub name")
+    check.add_argument("--out", type=Path, default=None, help="folder for report.json and sheet.png (default: none)")
+    check.add_argument("--image-root", default=None, help="folder that picture paths start from (default: the file's)")
+    check.add_argument("--split", default="train", help="split to read (default train)")
+    for role in ("prompt", "target", "source", "mask"):
+        check.add_argument(f"--{role}-column", default=None, help=f"column of the {role} (default: by usual names)")
+    check.add_argument("--resolution", type=int, default=512, help="pixels; size of the buckets (default 512)")
+    check.add_argument("--bucket-mode", default="area", help="area or longer_edge (default area)")
+    check.add_argument("--max-aspect", type=float, default=2.0, help="longest shape of a bucket (default 2, for 2:1)")
+    check.add_argument(
+        "--max-broken", type=float, default=0.01, help="share of rows that may be broken (default 0.01)"
+    )
+    check.add_argument("--num-proc", type=int, default=1, help="processes that decode (default 1)")
+
+    export = commands.add_parser("export", help="write a trained model as one file for ComfyUI")
+    export.add_argument("--model", type=Path, required=True, help="pipeline folder in the published layout")
+    export.add_argument("--out", type=Path, required=True, help=".safetensors file to write; replaces an older one")
+    export.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: as it is stored)")
 
     evaluate = commands.add_parser("eval", help="score a model").add_subparsers(dest="benchmark", required=True)
     micro = evaluate.add_parser("micro", help="held-out prompts and edits of the micro world, judged by the verifier")
@@ -64,13 +95,17 @@ def main(argv: list[str]) -> int:
     """Run `unipic2 train|eval|micro ...`; returns the exit status. Raises InputError for what the user can mend."""
     if argv[:1] == ["train"]:
         return _train(argv[1:])
-    from ..core.errors import InputError
-
     arguments, rest = build_parser().parse_known_args(argv)
     for name, least in _LEAST.items():
         value = getattr(arguments, name, None)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}", found=value, expected=f"at least {least}")
+    if arguments.command in ("data", "export") and rest:
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "data":
+        return _check_data(arguments)
+    if arguments.command == "export":
+        return _export(arguments)
     if arguments.command == "micro" and arguments.action == "make":
         from .micro.make import make
 
@@ -81,7 +116,8 @@ def main(argv: list[str]) -> int:
     if rest:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "micro":
-        from .micro.sheet import save_sheet, world_sheet
+        from .micro.sheet import world_sheet
+        from .sheets import save_sheet
 
         save_sheet(world_sheet(arguments.seed), arguments.out)
         sys.stdout.write(f"{arguments.out}\n")
@@ -90,16 +126,81 @@ def main(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from ..core.errors import InputError
-
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(f"usage: unipic2 train METHOD --config FILE [--field value ...]\n\n{_TRAIN_HELP}")
         return 0
     if argv[0] not in TRAIN_METHODS:
         raise InputError("training method", found=repr(argv[0]), expected=f"one of {', '.join(TRAIN_METHODS)}")
+    config, num_processes, argv = _launch_options(argv)
+    if config is not None:
+        return _launch(config, num_processes, argv)
     from .pretrain import main as pretrain_main
 
     return pretrain_main(argv[1:])
+
+
+def _launch_options(argv: list[str]) -> tuple[str | None, int | None, list[str]]:
+    """Take accelerate's options out of a method's flags."""
+    parser = argparse.ArgumentParser(prog="unipic2 train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes", type=int)
+    options, rest = parser.parse_known_args(argv)
+    if options.num_processes is not None and options.accelerate_config is None:
+        raise InputError("--num_processes", found="no --accelerate_config", expected=_profiles())
+    return options.accelerate_config, options.num_processes, rest
+
+
+def _profiles() -> str:
+    return f"--accelerate_config {', '.join(ACCELERATE_CONFIGS)}, or accelerate's YAML file"
+
+
+def _launch(config: str, num_processes: int | None, argv: list[str]) -> int:
+    """Start the processes by `accelerate launch`; returns the status of the first that failed, else 0."""
+    if config in ACCELERATE_CONFIGS:
+        path = Path(__file__).resolve().parent / "configs" / "accelerate" / f"{config}.yaml"
+    else:
+        path = Path(config)
+    if not path.is_file():
+        raise InputError("--accelerate_config", found=config, expected=_profiles())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    command += ["--num_processes", str(num_processes)] if num_processes is not None else []
+    return subprocess.run([*command, "-m", "unipic2.cli", "train", *argv]).returncode
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from .data.buckets import aspect_buckets
+    from .data.check import check, preview, summary, write_report
+    from .data.sources import open_source
+
+    if not 0 <= arguments.max_broken <= 1:
+        raise InputError("--max-broken", found=arguments.max_broken, expected="a share from 0 to 1")
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out}", found="a file", expected="a folder, new or not")
+    buckets = aspect_buckets(arguments.resolution, arguments.bucket_mode, arguments.max_aspect)
+    columns = {role: getattr(arguments, f"{role}_column") for role in ("prompt", "target", "source", "mask")}
+    sources = [open_source(name, arguments.image_root, arguments.split, **columns) for name in arguments.dataset]
+    report = check(sources, buckets, arguments.num_proc)
+    sys.stdout.write(f"{summary(report)}\n")
+    if arguments.out is not None:
+        write_report(report, preview(sources), arguments.out)
+        sys.stdout.write(f"{arguments.out}\n")
+    return int(report["broken"] > arguments.max_broken * report["rows"])
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ..core.checkpoint import export_single_file
+    from .flow_matching_config import EXPORT_DTYPES
+
+    if arguments.dtype is not None and arguments.dtype not in EXPORT_DTYPES:
+        raise InputError("--dtype", found=repr(arguments.dtype), expected=f"one of {', '.join(EXPORT_DTYPES)}")
+    if arguments.out.suffix != ".safetensors":
+        raise InputError(f"--out {arguments.out}", found=f"suffix {arguments.out.suffix!r}", expected=".safetensors")
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    export_single_file(arguments.model, arguments.out, dtype=dtype)
+    sys.stdout.write(f"{arguments.out}\n")
+    return 0
 
 
 def _eval_micro(arguments: argparse.Namespace) -> int:
@@ -110,7 +211,8 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     from ..core.micro import weights_dir
     from .kontext_pipeline import StableDiffusion3KontextPipeline
     from .micro.evaluate import evaluate
-    from .micro.sheet import result_sheet, save_sheet
+    from .micro.sheet import result_sheet
+    from .sheets import save_sheet
 
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}", found="a file", expected="a folder, new or not")

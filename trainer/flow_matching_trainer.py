@@ -1,123 +1,41 @@
 """Flow-matching pretraining of text-to-image and editing in one model.
 
-Convention: sigma 0 is the picture, sigma 1 is noise (see `core.flow`). A sample is a dict with `latents` (C, H, W),
-already scaled for the transformer, `prompt`, and for an edit `ref_latents` (C, H, W). Batches hold one task only,
-so no padding and no mask is needed.
+Convention: sigma 0 is the picture, sigma 1 is noise (see `core.flow`). A sample is a dict with `prompt`, `latents`
+(C, H, W), already scaled for the transformer, and for an edit `ref_latents` (C, H, W). In place of latents it may have
+`pixel_values` and `ref_pixel_values`, uint8 (3, 8H, 8W). Optional: `loss_mask` (1, H, W), 0 to 1, where an edit is to
+be learned, and `source_id` (int), the same for samples that contrastive training must not play off against each other.
+ Batches hold one task and one size only (`batches`), so no padding and no mask is needed.
 """
 
+import json
 import shutil
+import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import EMAModel
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..core.checkpoint import cast_file, save_tensors
+from ..core.checkpoint import cast_file, read_header, save_tensors
 from ..core.errors import InputError
 from ..core.files import cannot_write, check_replaceable
-from ..core.flow import NUM_TRAIN_TIMESTEPS, interpolate, shift_sigmas
+from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, interpolate, resolution_shift
+from .adapters import prepare, save_lora
+from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler
+from .ema import EMA_FILE, EMACallback
 from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .muon import MuonWithAdamW, is_block_matrix
+from .objective import contrastive_error, loss_weights, sample_sigmas, squared_error
 
-_EMA_FILE = "ema.safetensors"
 _STATE_FILE = "trainer_state.json"
-_DRAW_SEED = "draw_seed"
-
-
-class TaskBlockSampler(torch.utils.data.Sampler[int]):
-    """Yields indices in blocks of `block_size` that belong to one task, edits taking `edit_ratio` of the blocks.
-
-    One pass has as many blocks as the dataset fills; each task is walked in a fresh random order and walked again
-    when it runs out, so a small task repeats rather than ends the pass.
-    """
-
-    def __init__(self, is_edit: list[bool], block_size: int, edit_ratio: float, seed: int):
-        self.indices = {
-            task: torch.tensor([i for i, e in enumerate(is_edit) if e == task], dtype=torch.long)
-            for task in (False, True)
-        }
-        if not len(self.indices[True]):
-            edit_ratio = 0.0
-        elif not len(self.indices[False]):
-            edit_ratio = 1.0
-        self.num_blocks = max(1, len(is_edit) // block_size)
-        self.block_size, self.edit_ratio, self.seed, self.epoch = block_size, edit_ratio, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the pass; the same epoch gives the same order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_blocks * self.block_size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        streams = {task: self._stream(indices, generator) for task, indices in self.indices.items()}
-        for block in range(self.num_blocks):
-            # The running count of edits follows the ratio to within one block.
-            is_edit = int((block + 1) * self.edit_ratio) > int(block * self.edit_ratio)
-            for _ in range(self.block_size):
-                yield next(streams[is_edit])
-
-    @staticmethod
-    def _stream(indices: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
-        while True:
-            for i in torch.randperm(len(indices), generator=generator):
-                yield int(indices[i])
-
-
-def _seed_cpu(seed: int) -> None:
-    # torch.manual_seed also queues a call, with its stack as text, for each kind of device that is not in use yet:
-    # a millisecond a sample, and memory that is never freed.
-    torch.default_generator.manual_seed(seed)
-
-
-class SeededDraws(torch.utils.data.Dataset):
-    """A dataset whose random choices depend on the draw alone, not on what was loaded before it.
-
-    Loaders read ahead, and a resumed run skips what it has seen; with the global random state either would change
-    prompts and dropout. Here each draw `(index, seed)` sets torch's generator for one sample only.
-    """
-
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, draw: tuple[int, int]) -> dict:
-        index, seed = draw
-        with torch.random.fork_rng(devices=[]):
-            _seed_cpu(seed)
-            return {**self.samples[index], _DRAW_SEED: seed}
-
-
-class SeededSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Adds to each index of a sampler a seed made from the run's seed, the pass and the place in it."""
-
-    def __init__(self, sampler: TaskBlockSampler):
-        self.sampler = sampler
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the pass."""
-        self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start = np.random.SeedSequence([self.sampler.seed, self.sampler.epoch]).generate_state(1, np.uint64)[0]
-        for place, index in enumerate(self.sampler):
-            yield index, (int(start) + place) % 2**63
+_BANDS = 4  # equal bands of sigma whose mean losses are reported
 
 
 class KontextForTraining(nn.Module):
@@ -173,67 +91,52 @@ class KontextForTraining(nn.Module):
         )[0]
 
 
-class EMACallback(TrainerCallback):
-    """Averages the trained weights after each optimizer step, and stores the average with each checkpoint."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.ema = EMAModel(
-            [p for p in model.parameters() if p.requires_grad],
-            decay=decay,
-            use_ema_warmup=True,
-            power=0.75,
-            foreach=True,
-        )
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.ema.to(args.device)  # built before the Trainer moved the model
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.ema.step([p for p in model.parameters() if p.requires_grad])
-
-    def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        tensors = dict(zip(self.names, (t.contiguous() for t in self.ema.shadow_params), strict=True))
-        save_tensors(tensors, folder / _EMA_FILE)
-
-    def load(self, folder: Path, step: int) -> None:
-        """Take the average of a checkpoint back."""
-        tensors = load_file(folder / _EMA_FILE)
-        for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
-            shadow.copy_(tensors[name])
-        self.ema.optimization_step = step
-
-    def swap_in(self, model: nn.Module) -> None:
-        """Put the average into the model; `swap_out` brings the trained weights back."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-
-    def swap_out(self, model: nn.Module) -> None:
-        """Undo `swap_in`."""
-        self.ema.restore([p for p in model.parameters() if p.requires_grad])
-
-
 def last_checkpoint(output_dir: str | Path, use_ema: bool) -> Path | None:
     """Return the newest whole `checkpoint-N` in a folder: a killed run may have left its last one half-written."""
-    needed = [_STATE_FILE, *([_EMA_FILE] if use_ema else [])]
     folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.rpartition("-")[2].isdecimal()]
-    whole = [f for f in folders if all((f / name).is_file() for name in needed)]
+    whole = [f for f in folders if _is_whole(f) and (not use_ema or (f / EMA_FILE).is_file())]
     return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the last file that transformers writes to a checkpoint is there and complete."""
+    try:
+        return bool(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def scheduler_of(args: FlowMatchingConfig, scheduler) -> FlowMatchEulerDiscreteScheduler:
+    """Return the scheduler with the shift that is trained, for previews and export."""
+    if not args.dynamic_shift:
+        shift = {"shift": args.shift, "use_dynamic_shifting": False}
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **shift)
+    return FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler.config,
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+        base_shift=args.base_shift,
+        max_shift=args.max_shift,
+        base_image_seq_len=BASE_TOKENS,
+        max_image_seq_len=MAX_TOKENS,
+    )
 
 
 class FlowMatchingTrainer(Trainer):
     """`transformers.Trainer` for a Kontext pipeline: velocity loss, task batches, EMA, previews, export.
 
     Args:
-        pipeline: the model; its transformer (and text encoder, if asked) is trained in place, in float32.
+        pipeline: the model; its transformer (and text encoder, if asked) is trained in place. What is trained is kept
+            in float32, what is frozen in the type it comes in.
         args: settings.
-        train_dataset: map-style dataset of samples (module docstring) with `is_edit`, one bool for each sample.
+        train_dataset: map-style dataset of samples (module docstring) with `is_edit`, one bool for each sample, and,
+            if sizes differ, `buckets`, one hashable for each sample that says its size.
         previews: callable `(pipeline, step) -> PIL image` drawing the fixed-seed grid, or None.
         callbacks: further transformers callbacks.
+        peft_config: train LoRAs with these settings instead of `args.trainable`.
+
+    Raises:
+        InputError: several text encoders to train, or LoRA targets that the transformer does not have.
     """
 
     def __init__(
@@ -243,6 +146,7 @@ class FlowMatchingTrainer(Trainer):
         train_dataset,
         previews=None,
         callbacks: list | None = None,
+        peft_config: LoraConfig | None = None,
     ):
         if args.train_text_encoder and pipeline.text_encoder_2 is not None:
             raise InputError(
@@ -252,47 +156,58 @@ class FlowMatchingTrainer(Trainer):
                 remedy="Only the micro model's text encoder is trained; published ones stay frozen.",
             )
         self.pipeline, self.previews = pipeline, previews
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=args.shift)
+        pipeline.scheduler = scheduler_of(args, pipeline.scheduler)
         pipeline.vae.requires_grad_(False)
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if encoder is not None:
                 encoder.requires_grad_(args.train_text_encoder)
-        pipeline.transformer.requires_grad_(True)
+        prepare(pipeline.transformer, args.trainable, peft_config, args.seed)
         text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
-        model = KontextForTraining(pipeline.transformer.float(), text_encoder)
-        self.ema = EMACallback(model, args.ema_decay) if args.use_ema else None
-        self._task_losses: dict[str, list[torch.Tensor]] = defaultdict(list)
+        model = KontextForTraining(pipeline.transformer, text_encoder)
+        self.peft_config = peft_config
+        self.ema = None
+        if args.use_ema:
+            self.ema = EMACallback(model, args.ema_decay, args.ema_update_steps, args.ema_on_cpu)
+        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._throughput = _Throughput()
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=self._collate_draws, callbacks=callbacks
+            model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
         )
         if self.ema is not None:
             self.add_callback(self.ema)
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
 
-    def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """Stack samples of one task; some prompts are dropped to the empty one.
+    def collate(self, samples: list[dict]) -> dict:
+        """Stack samples of one task and size; some prompts are dropped to the empty one, some references left out.
 
-        Prompts become token ids (B, L) where the text encoder is trained, and stay words where it is frozen.
+        Prompts become token ids (B, L) where the text encoder is trained, and stay words where it is frozen. `seed` is
+        what the loss draws noise and sigmas from.
         """
-        is_edit = "ref_latents" in samples[0]
+        seed = samples[0].get(DRAW_SEED, 0)
+        generator = torch.Generator().manual_seed(seed)
+        kind = "latents" if "latents" in samples[0] else "pixel_values"
+        is_edit = f"ref_{kind}" in samples[0]
         dropout = self.args.edit_caption_dropout if is_edit else self.args.caption_dropout
-        keep = torch.rand(len(samples)) >= dropout
+        keep = torch.rand(len(samples), generator=generator) >= dropout
         prompts = [s["prompt"] if k else "" for s, k in zip(samples, keep, strict=True)]
-        batch = {"latents": torch.stack([s["latents"] for s in samples]), "text": prompts}
+        batch = {kind: torch.stack([s[kind] for s in samples]), "text": prompts, "is_edit": is_edit}
         if self.args.train_text_encoder:
             tokenizer = self.pipeline.tokenizer
             length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             batch["text"] = tokenizer(prompts, **length, return_tensors="pt").input_ids
-        if is_edit:
-            batch["ref_latents"] = torch.stack([s["ref_latents"] for s in samples])
+        # A batch keeps or loses its references as a whole: mixed, it would need padding and a mask.
+        if is_edit and torch.rand((), generator=generator) >= self.args.reference_dropout:
+            batch[f"ref_{kind}"] = torch.stack([s[f"ref_{kind}"] for s in samples])
+        masks = [s["loss_mask"] for s in samples if "loss_mask" in s]
+        if masks and self.args.unmasked_weight < 1:
+            mask = torch.stack([s.get("loss_mask", torch.ones_like(masks[0])) for s in samples])
+            batch["loss_mask"] = self.args.unmasked_weight + (1 - self.args.unmasked_weight) * mask
+        if self.args.contrastive_weight:
+            ids = [s.get("source_id", -1 - i) for i, s in enumerate(samples)]  # without an id each stands for itself
+            batch["source_ids"] = torch.tensor(ids)
+        batch["seed"] = seed
         return batch
-
-    def _collate_draws(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        seeds = [sample.pop(_DRAW_SEED) for sample in samples]
-        with torch.random.fork_rng(devices=[]):
-            _seed_cpu(seeds[0])
-            return self.collate(samples)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, or Muon with AdamW where `muon_learning_rate` is set."""
@@ -318,27 +233,60 @@ class FlowMatchingTrainer(Trainer):
         )
         return self.optimizer
 
-    def sample_sigmas(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """Return training sigmas (B,) in 0..1, after the shift."""
-        if self.args.timestep_sampling == "uniform":
-            sigmas = torch.rand(batch_size, device=device)
-        else:
-            normal = torch.randn(batch_size, device=device) * self.args.logit_std + self.args.logit_mean
-            sigmas = torch.sigmoid(normal)
-        return shift_sigmas(sigmas, self.args.shift)
+    def shift_for(self, latents: torch.Tensor) -> float:
+        """Return the timestep shift for latents (B, C, H, W): one number, or by their size under `dynamic_shift`."""
+        if not self.args.dynamic_shift:
+            return self.args.shift
+        num_tokens = latents.shape[-2] * latents.shape[-1] // self.pipeline.patch_size**2
+        return resolution_shift(num_tokens, self.args.base_shift, self.args.max_shift)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean squared error of the velocity `noise - latents` (SD3, arXiv 2403.03206, section 2, uniform weight)."""
-        latents = inputs["latents"]
-        noise = torch.randn_like(latents)
-        sigmas = self.sample_sigmas(latents.shape[0], latents.device)
+        """Weighted squared error of the velocity `noise - latents` (SD3, arXiv 2403.03206, section 2).
+
+        With `contrastive_weight` the distance to other samples' velocities is subtracted (arXiv 2506.05350).
+        """
+        args = self.args
+        latents, reference = self._latents(inputs, "latents"), self._latents(inputs, "ref_latents")
+        # Drawn on the CPU from the batch's own seed: the same on any device and any number of processes.
+        generator = torch.Generator().manual_seed(inputs["seed"])
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        sigmas = sample_sigmas(
+            len(latents), args.timestep_sampling, self.shift_for(latents), generator,
+            args.logit_mean, args.logit_std, args.mode_scale,
+        ).to(latents.device)  # fmt: skip
         text = inputs["text"]
-        if not self.args.train_text_encoder:
+        if not args.train_text_encoder:
             text = self.encode_text(text, latents.device)
-        velocity = model(interpolate(latents, noise, sigmas), sigmas, text, inputs.get("ref_latents"))
-        loss = F.mse_loss(velocity.float(), noise - latents)
-        self._task_losses["edit" if "ref_latents" in inputs else "t2i"].append(loss.detach())
+        mask, target = inputs.get("loss_mask"), noise - latents
+        velocity = model(interpolate(latents, noise, sigmas), sigmas, text, reference)
+        error = squared_error(velocity.float(), target, mask)
+        objective = error
+        if args.contrastive_weight:
+            contrast = contrastive_error(velocity.float(), target, inputs["source_ids"], generator, mask)
+            objective = error - args.contrastive_weight * contrast
+        loss = (loss_weights(args.loss_weighting, sigmas) * objective).mean()
+        if model.training:
+            self._note(error.detach(), sigmas, inputs["is_edit"])
+            self._throughput.add(latents, reference, self.pipeline.patch_size)
         return (loss, velocity) if return_outputs else loss
+
+    def _latents(self, inputs: dict, name: str) -> torch.Tensor | None:
+        """Return ready latents (B, C, H, W), or encode pixels by the posterior's mode, or None."""
+        pixels = inputs.get(name.replace("latents", "pixel_values"))
+        if pixels is None:
+            return inputs.get(name)
+        vae = self.pipeline.vae.to(pixels.device)
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return self.pipeline.encode_pixels(pixels.to(vae.dtype).div(127.5).sub(1)).float()
+
+    def _note(self, errors: torch.Tensor, sigmas: torch.Tensor, is_edit: bool) -> None:
+        """Keep errors (B,) for the next log, by task and by band of sigma, as sums and counts."""
+        task = "edit" if is_edit else "t2i"
+        self._losses[task].append(torch.stack([errors.sum(), torch.ones_like(errors).sum()]))
+        bands = (sigmas * _BANDS).long().clamp_max(_BANDS - 1)
+        sums = torch.zeros(_BANDS, 2, device=errors.device)
+        sums.index_add_(0, bands, torch.stack([errors, torch.ones_like(errors)], dim=1))
+        self._losses["bands"].append(sums)
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,11 +300,18 @@ class FlowMatchingTrainer(Trainer):
         return states, pooled
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the mean loss of each task since the last log."""
-        for task, losses in self._task_losses.items():
-            if losses and "loss" in logs:
-                logs[f"loss/{task}"] = round(torch.stack(losses).mean().item(), 4)
-                losses.clear()
+        """Add what happened since the last log: mean error by task and by band of sigma, throughput, peak memory."""
+        if "loss" in logs:
+            device = self.args.device
+            rows = [sum(self._losses[task], torch.zeros(2, device=device)) for task in ("t2i", "edit")]
+            bands = sum(self._losses["bands"], torch.zeros(_BANDS, 2, device=device))
+            sums = self.accelerator.reduce(torch.cat([torch.stack(rows), bands]), "sum").tolist()
+            names = ["t2i", "edit", *(f"sigma_{i / _BANDS:.2f}-{(i + 1) / _BANDS:.2f}" for i in range(_BANDS))]
+            logs |= {
+                f"loss/{n}": round(total / count, 4) for n, (total, count) in zip(names, sums, strict=True) if count
+            }
+            logs |= self._throughput.read(self.args.world_size)
+            self._losses.clear()
         super().log(logs, *args, **kwargs)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -364,20 +319,57 @@ class FlowMatchingTrainer(Trainer):
         draws = SeededDraws(self.train_dataset)
         return self._get_dataloader(draws, "Training", self._train_batch_size, self._get_train_sampler, True)
 
-    def _get_train_sampler(self, train_dataset=None) -> SeededSampler:
-        block, ratio = self._train_batch_size, self.args.edit_ratio
-        return SeededSampler(TaskBlockSampler(self.train_dataset.is_edit, block, ratio, self.args.seed))
+    def _get_train_sampler(self, train_dataset=None) -> TaskBlockSampler:
+        data, args = self.train_dataset, self.args
+        buckets = getattr(data, "buckets", None)
+        return TaskBlockSampler(
+            data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write what is trained, as a whole or not at all; what is frozen is in the model that was loaded."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.ema is not None:
+            # Here and not after the save: transformers then already deletes older checkpoints.
+            self.ema.save(folder)
+        if state_dict is not None:
+            super()._save(output_dir, state_dict)  # sharded over processes: their library has gathered it
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_trained(folder / SAFE_WEIGHTS_NAME)
         if self.ema is not None:
-            folder = Path(resume_from_checkpoint)
             self.ema.load(folder, int(folder.name.rpartition("-")[2]))
 
-    def export(self, folder: str | Path) -> None:
-        """Write the model in the published layout, averaged weights where there are any; all or nothing.
+    @torch.no_grad()
+    def _load_trained(self, path: Path) -> None:
+        """Take back what `_save` wrote.
 
-        An exported pipeline in `folder` is replaced. Of several processes the first one writes.
+        Raises:
+            InputError: the checkpoint is of other weights than those that are trained now.
+        """
+        trained = {n: p for n, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        if read_header(path).shapes != shapes:
+            remedy = "Resume with the settings it was made with (trainable, use_peft, lora_r, ...)."
+            found = "other weights than those that are trained now"
+            raise InputError(f"checkpoint {path}", found=found, remedy=remedy)
+        for name, tensor in load_file(path).items():
+            trained[name].copy_(tensor)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model in the published layout, or its LoRA (`adapters.save_lora`); all or nothing.
+
+        Averaged weights are written where there are any. An exported pipeline in `folder` is replaced. Of several
+        processes the first one writes.
 
         Raises:
             InputError: `folder` holds something else, cannot be written, or the disk is full; what was there stays.
@@ -392,7 +384,10 @@ class FlowMatchingTrainer(Trainer):
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            self.pipeline.save_pretrained(unfinished, safe_serialization=True)
+            if self.peft_config is not None:
+                save_lora(self.pipeline, unfinished)
+            else:
+                self.pipeline.save_pretrained(unfinished, safe_serialization=True)
             for file in unfinished.glob("*/*.safetensors"):
                 cast_file(file, getattr(torch, self.args.export_dtype))
             if folder.exists():
@@ -404,6 +399,35 @@ class FlowMatchingTrainer(Trainer):
             shutil.rmtree(unfinished, ignore_errors=True)
             if self.ema is not None:
                 self.ema.swap_out(model)
+
+
+class _Throughput:
+    """Counts what passes through one process between two logs."""
+
+    def __init__(self):
+        self.start, self.samples, self.tokens = None, 0, 0
+
+    def add(self, latents: torch.Tensor, reference: torch.Tensor | None, patch_size: int) -> None:
+        """Count a batch; picture tokens of target and reference, not those of the text."""
+        if self.start is None:
+            self.start = time.perf_counter()  # what came before the first batch is loading
+        each = latents.shape[-2] * latents.shape[-1] // patch_size**2
+        self.samples += len(latents)
+        self.tokens += len(latents) * each * (1 if reference is None else 2)
+
+    def read(self, num_processes: int) -> dict[str, float]:
+        """Return rates of all processes together, and start anew."""
+        if self.start is None:
+            return {}
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rates = {
+            "samples_per_second": round(num_processes * self.samples / seconds, 2),
+            "tokens_per_second": round(num_processes * self.tokens / seconds),
+        }
+        if torch.cuda.is_available():
+            rates["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.start, self.samples, self.tokens = time.perf_counter(), 0, 0
+        return rates
 
 
 class _PreviewCallback(TrainerCallback):

@@ -163,6 +163,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         try:
             if "transformer" not in kwargs:
                 types = {key: kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
+                for key, value in types.items():  # one type, or one for each component
+                    types[key] = value.get("transformer", value.get("default")) if isinstance(value, dict) else value
                 kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
                     folder, subfolder="transformer", use_safetensors=True, **types
                 )
@@ -304,15 +306,28 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         if sample_mode not in SAMPLE_MODES:
             raise InputError("sample_mode", found=repr(sample_mode), expected=f"one of {', '.join(SAMPLE_MODES)}")
         pixels = torch.stack([_resized(image, height, width) for image in images]) * 2 - 1
-        encoded = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype))
+        if isinstance(generator, list) and len(generator) != len(images):
+            generator = generator[0]  # one picture for several prompts
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        return self.encode_pixels(pixels, sample=sample_mode == "sample", generator=generator)
+
+    def encode_pixels(
+        self,
+        pixels: torch.Tensor,
+        sample: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Return scaled latents (B, C, H/8, W/8) of `pixels` (B, 3, H, W) in -1..1, in the VAE's type.
+
+        Args:
+            sample: draw from the VAE's posterior instead of taking its mode.
+            generator: source of that draw.
+        """
+        encoded = self.vae.encode(pixels)
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents  # a VAE without a posterior (TAESD architecture)
-        elif sample_mode == "sample":
-            if isinstance(generator, list) and len(generator) != len(images):
-                generator = generator[0]  # one picture for several prompts
-            latents = encoded.latent_dist.sample(generator)
         else:
-            latents = encoded.latent_dist.mode()
+            latents = encoded.latent_dist.sample(generator) if sample else encoded.latent_dist.mode()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @staticmethod

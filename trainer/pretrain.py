@@ -5,21 +5,25 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderTiny
+from peft import LoraConfig
 from trl import TrlParser
 
 from ..core.errors import InputError
 from ..core.files import check_replaceable
+from .adapters import lora_config
+from .data.buckets import aspect_buckets
+from .data.pairs import PairDataset
+from .data.sources import open_source
 from .flow_matching_config import FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
-from .micro.evaluate import draw, judge
-from .micro.sheet import result_sheet
-from .micro.tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
+from .previews import micro_previews, pair_previews
+
+MICRO = "micro"
 
 
 @dataclass
@@ -27,12 +31,61 @@ class PretrainArguments:
     """What is trained and on what."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Folder of the pipeline to start from (published layout)."}
+        default="", metadata={"help": "Pipeline to start from: a folder in the published layout, or a hub repository."}
     )
-    dataset_name: str = field(default="micro", metadata={"help": "Training data; `micro` draws the micro world."})
+    dataset_name: list[str] = field(
+        default_factory=lambda: [MICRO],
+        metadata={
+            "help": "Training data, one or more: .jsonl, .json, .parquet, .tar (webdataset) files, folders of them or "
+            "of pictures, hub names. Text-to-image and edits may be in different ones. `micro` draws the micro world."
+        },
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that picture paths in rows start from; default the file's own folder."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to read where there are several."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the text; default by usual names."})
+    target_column: str | None = field(default=None, metadata={"help": "Column of the picture to learn."})
+    source_column: str | None = field(default=None, metadata={"help": "Column of the picture an edit starts from."})
+    mask_column: str | None = field(default=None, metadata={"help": "Column of a local edit's mask, white inside."})
+    resolution: int = field(
+        default=512, metadata={"help": "Size of training pictures in pixels, a multiple of 32; see bucket_mode."}
+    )
+    bucket_mode: str = field(
+        default="area",
+        metadata={"help": "area: buckets of about resolution squared pixels. longer_edge: its longer edge."},
+    )
+    max_aspect: float = field(default=2.0, metadata={"help": "Longer to shorter edge of a bucket, at most."})
+    max_broken: float = field(
+        default=0.01, metadata={"help": "Share of rows, 0 to 1, that may be broken; above it training stops."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that read picture sizes before training; default one."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRAs instead of the transformer's own weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates count alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that LoRAs do not see, 0 to below 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["attention"],
+        metadata={"help": "attention (joint and dual), ff, or names of modules such as attn2.to_q."},
+    )
     num_scenes: int = field(default=12000, metadata={"help": "Micro world: text-to-image scenes in the pool."})
     num_edits: int = field(default=14000, metadata={"help": "Micro world: pairs of source and target in the pool."})
-    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last whole checkpoint in output_dir; without one, start."}
+    )
+
+    def __post_init__(self):
+        for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
+
+    def peft_config(self) -> LoraConfig | None:
+        """Return PEFT's settings under `use_peft`, else None."""
+        if not self.use_peft:
+            return None
+        return lora_config(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
 
 def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
@@ -52,8 +105,8 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
     if not script_args.model_name_or_path:
         remedy = "`unipic2 micro make` builds a micro model from nothing."
         raise InputError("model_name_or_path", found="nothing", expected="a pipeline folder", remedy=remedy)
-    if script_args.dataset_name != "micro":
-        raise InputError("dataset_name", found=repr(script_args.dataset_name), expected="micro")
+    if MICRO in script_args.dataset_name and len(script_args.dataset_name) > 1:
+        raise InputError("dataset_name", found=", ".join(script_args.dataset_name), expected="micro alone, or others")
     return script_args, args
 
 
@@ -88,39 +141,54 @@ def _suggest(message: str) -> str | None:
     return " ".join(hints) or None
 
 
-def micro_previews(args: FlowMatchingConfig, seed: int = 7):
-    """Return the function that draws the fixed grid of prompts and edits during micro training."""
-    rng = np.random.default_rng([seed, 8])
-    t2i = [sample_t2i(rng, T2I_KINDS[i % 6])[0] for i in range(24)]
-    edits = [sample_edit(rng, EDIT_KINDS[i % 6]) for i in range(12)]
+def load_pipeline(name: str, args: FlowMatchingConfig, lora: bool) -> StableDiffusion3KontextPipeline:
+    """Load the model: what is trained in float32; under `bf16` on a GPU what stays frozen in bfloat16.
 
-    def preview(pipeline, step):
-        sampling = dict(num_inference_steps=args.preview_inference_steps, guidance_scale=args.preview_guidance_scale)
-        drawn = {}
-        for name, tasks in (("t2i", t2i), ("edit", edits)):
-            images = draw(pipeline, tasks, seed, **sampling)
-            drawn[name] = (tasks, images, judge(images, tasks))
-        return result_sheet(drawn)
+    Raises:
+        InputError: see `StableDiffusion3KontextPipeline.from_pretrained`.
+    """
+    frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
+    types = {"default": frozen, "transformer": frozen if lora else torch.float32}
+    if args.train_text_encoder:
+        types["text_encoder"] = torch.float32
+    return StableDiffusion3KontextPipeline.from_pretrained(name, torch_dtype=types)
 
-    return preview
+
+def load_dataset(script_args: PretrainArguments, pipeline, seed: int) -> MicroDataset | PairDataset:
+    """Return the training data.
+
+    Raises:
+        InputError: see `open_source`, `aspect_buckets` and `PairDataset`; or the micro world for a model that is not.
+    """
+    if script_args.dataset_name == [MICRO]:
+        if not isinstance(pipeline.vae, AutoencoderTiny):
+            found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
+            raise InputError("model_name_or_path", found=found, expected=expected)
+        return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, seed)
+    columns = {role: getattr(script_args, f"{role}_column") for role in ("prompt", "target", "source", "mask")}
+    sources = [
+        open_source(name, script_args.image_root, script_args.dataset_split, **columns)
+        for name in script_args.dataset_name
+    ]
+    buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
+    dataset = PairDataset(sources, buckets, script_args.max_broken, script_args.preprocessing_num_workers)
+    sys.stderr.write(f"{dataset.summary()}\n")
+    return dataset
 
 
 def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
-    """Train and export; returns the folder of the exported pipeline, `output_dir/export`."""
-    pipeline = StableDiffusion3KontextPipeline.from_pretrained(
-        script_args.model_name_or_path, torch_dtype=torch.float32
-    )
-    if not isinstance(pipeline.vae, AutoencoderTiny):
-        raise InputError(
-            "model_name_or_path", found=type(pipeline.vae).__name__, expected="a micro model for dataset_name micro"
-        )
+    """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`."""
+    peft_config = script_args.peft_config()
     output_dir = Path(args.output_dir)
     check_replaceable(output_dir / "export")
     checkpoint = last_checkpoint(output_dir, args.use_ema) if script_args.resume else None
-    if script_args.resume and checkpoint is None:
-        raise InputError("resume", found=f"no checkpoint in {output_dir}", expected="checkpoint-N of a stopped run")
-    dataset = MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
-    trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=micro_previews(args))
+    if script_args.resume:
+        start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
+        sys.stderr.write(f"{output_dir}: training goes on {start}\n")
+    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=peft_config is not None)
+    dataset = load_dataset(script_args, pipeline, args.seed)
+    previews = micro_previews(args) if isinstance(dataset, MicroDataset) else pair_previews(dataset, args)
+    trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.export(output_dir / "export")
     return output_dir / "export"

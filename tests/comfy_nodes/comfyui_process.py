@@ -192,8 +192,7 @@ def easycache(model, conds, latent):
 
 def lora(model, editing):
     """A LoRA through ComfyUI's loader, before and behind Enable Editing."""
-    weights = {"alpha": torch.tensor(2.0), "lora_A.weight": INPUTS["lora.down"], "lora_B.weight": INPUTS["lora.up"]}
-    file = {f"transformer.transformer_blocks.1.attn.to_k.{key}": value for key, value in weights.items()}
+    file = load_file(WORK / "lora.safetensors")
 
     def apply(target):
         return comfy.sd.load_lora_for_models(target, None, dict(file), 1.0, 0.0)[0]
@@ -201,6 +200,12 @@ def lora(model, editing):
     case = "96x64x1"
     outputs["lora.behind"] = predict(apply(editing), case, reference=True)
     outputs["lora.before"] = predict(node("UniPic2EnableEditing", model=apply(model))[0], case, reference=True)
+
+
+def single_file():
+    """An exported single file through Load Diffusion Model's own loader."""
+    model = comfy.sd.load_diffusion_model(str(WORK / "single.safetensors"))
+    outputs["single.edit"] = predict(node("UniPic2EnableEditing", model=model)[0], "96x64x1", reference=True)
 
 
 def controlnet(editing):
@@ -319,6 +324,7 @@ def main():
             vae_and_latents: (model, vae),
             sampling: (editing, clip, vae),
             lora: (model, editing),
+            single_file: (),
             controlnet: (editing,),
             further_gpu: (editing,),
             memory: (editing,),

@@ -1,7 +1,9 @@
 """A random micro model, one ComfyUI process that runs every case on it, and the trainer's pipeline to compare with."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from unipic2.cli.comfyui import resolve_install
+from unipic2.core.checkpoint import export_single_file
+from unipic2.core.files import COMFYUI_LORA
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
+from unipic2.trainer.adapters import lora_config, prepare, save_lora
 from unipic2.trainer.kontext_pipeline import StableDiffusion3KontextPipeline
 from unipic2.trainer.kontext_transformer import SD3Transformer2DKontextModel
 
@@ -120,14 +125,27 @@ def inputs() -> dict[str, torch.Tensor]:
         out[f"{case}.timestep"] = 1000 * torch.rand(batch, generator=generator)
     width, tokens = 64 * TRANSFORMER_CONFIG["num_attention_heads"], 4 * 6
     out["control"] = randn(2, 1, tokens, width)
-    out["lora.down"], out["lora.up"] = 0.2 * randn(4, width), 0.2 * randn(width, 4)
     out["image"] = torch.rand(2, 64, 96, 3, generator=generator)
     out["latents"] = randn(2, 16, 8, 12)
     return out
 
 
 @pytest.fixture(scope="session")
-def comfyui(models_folder, inputs, tmp_path_factory):
+def lora(pipeline, tmp_path_factory):
+    """`(pipeline with a LoRA in every attention and feed-forward, folder that `save_lora` wrote)`."""
+    trained = copy.deepcopy(pipeline)
+    prepare(trained.transformer, "full", lora_config(4, 10, 0.0, ["attention", "ff"]), seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in trained.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("lora")
+    save_lora(trained, folder)
+    return trained, folder
+
+
+@pytest.fixture(scope="session")
+def comfyui(models_folder, inputs, lora, tmp_path_factory):
     """`(tensors, report)` of one ComfyUI process that loaded the pack by path and ran every case.
 
     It costs ComfyUI's start (about 10 s) once. `report` holds texts and figures; see `comfyui_process.py`.
@@ -137,6 +155,8 @@ def comfyui(models_folder, inputs, tmp_path_factory):
     pack = folder / "ComfyUI-UniPic2"  # a hyphen, as in most clones: not importable by name
     pack.symlink_to(PACK, target_is_directory=True)
     save_file(inputs, folder / "inputs.safetensors")
+    shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
+    export_single_file(models_folder / "random", folder / "single.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     command = [install.python, HERE / "comfyui_process.py", install.root, pack, models_folder, folder]
     # One thread: the models are tiny, and threads that wait for each other are slow on a busy machine.

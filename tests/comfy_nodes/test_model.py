@@ -1,7 +1,5 @@
 """The patched MODEL in ComfyUI against the trainer's transformer, on the same random float32 weights."""
 
-import copy
-
 import pytest
 import torch
 
@@ -67,14 +65,15 @@ def test_controlnet_residuals_reach_only_the_noisy_tokens(comfyui, pipeline, inp
     assert difference(comfyui[0]["control.edit"], comfyui[0][f"forward.{case}.edit"]) > 0.01
 
 
+def test_an_exported_single_file_through_the_stock_loader(comfyui, pipeline, inputs):
+    expected = reference_forward(pipeline.transformer, inputs, "96x64x1", edit=True)
+    assert difference(comfyui[0]["single.edit"], expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("order", ["before", "behind"])
-def test_lora_through_the_stock_loader(comfyui, pipeline, inputs, order):
-    transformer = copy.deepcopy(pipeline.transformer)
-    rank, alpha = 4, 2.0
-    with torch.no_grad():
-        weight = transformer.transformer_blocks[1].attn.to_k.weight
-        weight += alpha / rank * inputs["lora.up"] @ inputs["lora.down"]
-    expected = reference_forward(transformer, inputs, "96x64x1", edit=True)
+def test_an_exported_lora_through_the_stock_loader(comfyui, lora, inputs, order):
+    """Every attention and feed-forward, with a scale that is not 1."""
+    expected = reference_forward(lora[0].transformer, inputs, "96x64x1", edit=True)
     assert difference(comfyui[0][f"lora.{order}"], expected) <= TOLERANCE
     assert difference(expected, comfyui[0]["forward.96x64x1.edit"]) > 1e-3
 

@@ -402,3 +402,11 @@ def test_cast_file_keeps_integers_and_metadata(tmp_path):
     assert torch.equal(tensors["a"].float(), PAIR["a"])
     assert read_header(path).metadata == {"format": "pt", "step": "9"}
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+def test_written_files_have_the_users_mode(tmp_path):
+    """Others of a group read a checkpoint as they read any file that the user makes."""
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

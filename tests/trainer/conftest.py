@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2.core.micro import MAX_TOKENS, SHIFT, VAE_CONFIG
 from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
@@ -100,3 +102,18 @@ def make_small_pipeline(vae, tokenizer):
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """Return a jsonl with eight edits and eight pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(16):
+        for kind in "st":
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{kind}{i}.png")
+        source = f'"src_img": "s{i}.png", ' if i % 2 else '"src_img": null, '
+        rows.append(f'{{"prompt": "a red circle {i}", {source}"edited_img": "t{i}.png"}}')
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    return folder / "data.jsonl"

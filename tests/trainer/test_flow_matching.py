@@ -1,7 +1,6 @@
 """The flow-matching trainer: batches, loss, resumption, averages and export, on real but very small models."""
 
 import copy
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 from unipic2.core.errors import InputError
+from unipic2.core.flow import shift_sigmas
 from unipic2.core.micro import MAX_TOKENS
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
-from unipic2.trainer.flow_matching_trainer import TaskBlockSampler, last_checkpoint
+from unipic2.trainer.flow_matching_trainer import last_checkpoint
 from unipic2.trainer.micro.dataset import MicroDataset
 from unipic2.trainer.micro.tasks import sample_edit
 from unipic2.trainer.micro.world import render
@@ -71,58 +71,6 @@ def differences(left, right):
     return [name for name in left if not torch.equal(left[name], right[name])]
 
 
-# Sampler
-
-
-def blocks_of(sampler, size):
-    order = list(sampler)
-    assert len(order) == len(sampler)
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.7, 14), (1.0, 20)])
-def test_blocks_hold_one_task_in_the_asked_ratio(ratio, expected):
-    is_edit = [False] * 50 + [True] * 30
-    blocks = blocks_of(TaskBlockSampler(is_edit, 4, ratio, seed=0), 4)
-    kinds = [{is_edit[i] for i in block} for block in blocks]
-    assert all(len(k) == 1 for k in kinds)
-    assert len(blocks) == 20 and sum(k == {True} for k in kinds) == expected
-
-
-def test_edits_are_spread_evenly():
-    is_edit = [False] * 50 + [True] * 50
-    kinds = [is_edit[block[0]] for block in blocks_of(TaskBlockSampler(is_edit, 5, 0.5, seed=0), 5)]
-    assert all(kinds[i] != kinds[i + 1] for i in range(len(kinds) - 1))
-
-
-def test_an_epoch_is_determined_by_seed_and_number():
-    def order(seed, epoch):
-        sampler = TaskBlockSampler([False] * 20 + [True] * 20, 4, 0.5, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert order(0, 1) == order(0, 1)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
-
-def test_a_small_task_repeats_evenly():
-    is_edit = [False] * 37 + [True] * 3
-    counts = Counter(TaskBlockSampler(is_edit, 4, 0.5, seed=0))
-    edits = [counts[i] for i in (37, 38, 39)]
-    assert sum(edits) == 20 and max(edits) - min(edits) <= 1
-    assert all(counts[i] <= 1 for i in range(37))
-
-
-@pytest.mark.parametrize("task", [False, True])
-def test_one_task_alone_fills_all_blocks(task):
-    sampler = TaskBlockSampler([task] * 10, 3, 0.5, seed=0)
-    assert len(sampler) == 9 and len(set(sampler)) == 9
-
-
-def test_fewer_samples_than_a_block():
-    assert len(list(TaskBlockSampler([False, True], 8, 0.5, seed=0))) == 8
-
-
 # Batches
 
 
@@ -154,62 +102,139 @@ def test_the_tokens_of_training_are_those_of_sampling(make_trainer):
     assert torch.equal(batch["text"], seen[0])
 
 
-def sigmas_of(make_trainer, **settings):
-    trainer = make_trainer(**settings)
-    torch.manual_seed(0)
-    return trainer.sample_sigmas(20_000, torch.device("cpu"))
-
-
-def test_sigma_distributions(make_trainer):
-    uniform = sigmas_of(make_trainer, timestep_sampling="uniform", shift=1.0)
-    normal = sigmas_of(make_trainer, shift=1.0)
-    shifted = sigmas_of(make_trainer, shift=3.0)
-    for sigmas in (uniform, normal, shifted):
-        assert 0 <= sigmas.min() and sigmas.max() <= 1
-    assert uniform.mean() == pytest.approx(0.5, abs=0.01) and uniform.std() == pytest.approx(12**-0.5, abs=0.01)
-    logits = torch.logit(normal)
-    assert logits.mean() == pytest.approx(0, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
-    # shift s turns odds sigma / (1 - sigma) into s times the odds
-    torch.testing.assert_close(torch.logit(shifted), logits + np.log(3.0).item(), atol=1e-3, rtol=1e-3)
-    moved = torch.logit(sigmas_of(make_trainer, shift=1.0, logit_mean=1.0, logit_std=0.5))
-    assert moved.mean() == pytest.approx(1, abs=0.03) and moved.std() == pytest.approx(0.5, abs=0.03)
+def test_dropped_references(make_trainer):
+    """A batch keeps or loses its references as a whole, by its own seed, at the asked rate."""
+    trainer = make_trainer(reference_dropout=0.25, edit_caption_dropout=0.0)
+    samples = [trainer.train_dataset[6 + i] for i in range(3)]
+    kept = []
+    for seed in range(200):
+        batch = trainer.collate([{**sample, "draw_seed": seed} for sample in samples])
+        again = trainer.collate([{**sample, "draw_seed": seed} for sample in samples])
+        assert batch.keys() == again.keys() and batch["is_edit"]
+        kept.append("ref_latents" in batch)
+    assert 0.65 < sum(kept) / len(kept) < 0.85
 
 
 # Loss
 
 
+def loss_by_hand(trainer, batch):
+    """Return noise, sigmas (B,) and predicted velocity as the objective's definition has them."""
+    pipe = trainer.pipeline
+    generator = torch.Generator().manual_seed(batch["seed"])
+    noise = torch.randn(batch["latents"].shape, generator=generator)
+    u = torch.sigmoid(torch.normal(0.0, 1.0, (len(noise),), generator=generator))
+    shift = trainer.args.shift
+    sigma = (shift * u / (1 + (shift - 1) * u)).reshape(-1, 1, 1, 1)
+    text = pipe.text_encoder(batch["text"], output_hidden_states=True)
+    velocity = pipe.transformer(
+        hidden_states=(1 - sigma) * batch["latents"] + sigma * noise,
+        timestep=1000 * sigma.flatten(),
+        encoder_hidden_states=text.hidden_states[-2],
+        pooled_projections=text.text_embeds,
+        ref_hidden_states=batch.get("ref_latents"),
+    ).sample
+    return noise, sigma.flatten(), velocity
+
+
+def batch_of(trainer, start, count, **fields):
+    samples = [{**trainer.train_dataset[start + i], **fields, "draw_seed": 11} for i in range(count)]
+    return trainer.collate(samples)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("start", [0, 6])
 def test_the_loss_by_hand(make_trainer, start):
     trainer = make_trainer(caption_dropout=0.0, edit_caption_dropout=0.0, shift=2.0)
-    pipe = trainer.pipeline
-    batch = trainer.collate([trainer.train_dataset[start + i] for i in range(3)])
-    torch.manual_seed(11)
-    with torch.no_grad():
-        loss, velocity = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-        torch.manual_seed(11)
-        noise = torch.randn(3, 16, 8, 8)
-        u = torch.sigmoid(torch.randn(3))
-        sigma = (2 * u / (1 + u)).reshape(3, 1, 1, 1)
-        text = pipe.text_encoder(batch["text"], output_hidden_states=True)
-        expected = pipe.transformer(
-            hidden_states=(1 - sigma) * batch["latents"] + sigma * noise,
-            timestep=1000 * sigma.flatten(),
-            encoder_hidden_states=text.hidden_states[-2],
-            pooled_projections=text.text_embeds,
-            ref_hidden_states=batch.get("ref_latents"),
-        ).sample
-        by_hand = (expected - (noise - batch["latents"])).square().mean()
+    batch = batch_of(trainer, start, 3)
+    loss, velocity = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    noise, _, expected = loss_by_hand(trainer, batch)
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-5)
-    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((expected - (noise - batch["latents"])).square().mean().item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_does_not_touch_the_global_random_numbers(make_trainer):
+    trainer = make_trainer(contrastive_weight=0.05)
+    batch, state = batch_of(trainer, 6, 3), torch.get_rng_state()
+    first = trainer.compute_loss(trainer.model, batch).item()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    assert trainer.compute_loss(trainer.model, batch).item() == first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
+def test_the_weighted_loss_by_hand(make_trainer, weighting):
+    trainer = make_trainer(caption_dropout=0.0, shift=2.0, loss_weighting=weighting)
+    batch = batch_of(trainer, 0, 3)
+    noise, sigma, velocity = loss_by_hand(trainer, batch)
+    weight = sigma**-2 if weighting == "sigma_sqrt" else 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))
+    expected = weight * (velocity - (noise - batch["latents"])).square().mean(dim=(1, 2, 3))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 6])
+def test_the_contrastive_loss_by_hand(make_trainer, start):
+    """With two samples each one's negative is the other."""
+    trainer = make_trainer(caption_dropout=0.0, edit_caption_dropout=0.0, contrastive_weight=0.05)
+    batch = batch_of(trainer, start, 2)
+    noise, _, velocity = loss_by_hand(trainer, batch)
+    target = noise - batch["latents"]
+    pull = (velocity - target).square().mean(dim=(1, 2, 3))
+    push = (velocity - target.flip(0)).square().mean(dim=(1, 2, 3))
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    assert loss == pytest.approx((pull - 0.05 * push).mean().item(), rel=1e-4)
+    assert loss < pull.mean().item()
+
+
+@torch.no_grad()
+def test_edits_of_one_source_are_not_contrasted(make_trainer):
+    contrasted, plain = (make_trainer(edit_caption_dropout=0.0, contrastive_weight=w) for w in (0.5, 0.0))
+    losses = [t.compute_loss(t.model, batch_of(t, 6, 3, source_id=7)).item() for t in (contrasted, plain)]
+    assert losses[0] == losses[1]
+
+
+@torch.no_grad()
+def test_a_masked_loss_looks_inside_the_mask(make_trainer):
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4, 2:5] = 1
+    inside, all_of_it = (make_trainer(edit_caption_dropout=0.0, unmasked_weight=w) for w in (0.0, 1.0))
+    batch = batch_of(inside, 6, 3, loss_mask=mask)
+    noise, _, velocity = loss_by_hand(inside, batch)
+    error = (velocity - (noise - batch["latents"])).square()
+    loss = inside.compute_loss(inside.model, batch).item()
+    assert loss == pytest.approx(error[:, :, :4, 2:5].mean().item(), rel=1e-4)
+    plain = all_of_it.compute_loss(all_of_it.model, batch_of(all_of_it, 6, 3, loss_mask=mask)).item()
+    assert plain == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_dynamic_shift_is_the_schedulers_own(make_trainer, size):
+    """Training shifts sigmas by picture size as the exported scheduler does when it samples."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+    trainer = make_trainer(dynamic_shift=True, base_shift=0.4, max_shift=1.3)
+    config = trainer.pipeline.scheduler.config
+    tokens = (size // 2) ** 2
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(config[name] for name in names))
+    sigmas = torch.linspace(0.05, 0.95, 7)
+    shifted = shift_sigmas(sigmas, trainer.shift_for(torch.zeros(1, 16, size, size)))
+    assert config.use_dynamic_shifting
+    torch.testing.assert_close(shifted, trainer.pipeline.scheduler.time_shift(mu, 1.0, sigmas))
+    static = make_trainer(shift=2.0)
+    assert static.shift_for(torch.zeros(1, 16, size, size)) == static.pipeline.scheduler.config.shift == 2.0
 
 
 @torch.no_grad()
 def loss_on_fixed_noise(trainer):
     losses = []
     for start in (0, 6):
-        batch = trainer.collate([trainer.train_dataset[start + i] for i in range(2)])
-        torch.manual_seed(0)
-        losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(4)]
+        for seed in range(4):
+            batch = trainer.collate([{**trainer.train_dataset[start + i], "draw_seed": seed} for i in range(2)])
+            losses.append(trainer.compute_loss(trainer.model, batch).item())
     return sum(losses) / len(losses)
 
 
@@ -221,6 +246,8 @@ def test_twelve_steps_reduce_the_loss(make_trainer):
     assert loss_on_fixed_noise(trainer) < 0.8 * before
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 12 and any("loss/t2i" in h for h in history) and any("loss/edit" in h for h in history)
+    assert all(h["samples_per_second"] > 0 and h["tokens_per_second"] > 0 for h in history)
+    assert any(name.startswith("loss/sigma_") for h in history for name in h)
     changed = set(differences(start, weights(trainer)))
     assert any(n.startswith("text_encoder.") for n in changed) and any(n.startswith("transformer.") for n in changed)
 
@@ -239,7 +266,6 @@ def test_frozen_and_trained_encoders_read_the_same(make_trainer):
     for trained in (False, True):
         trainer = make_trainer(train_text_encoder=trained, edit_caption_dropout=0.0)
         batch = trainer.collate([trainer.train_dataset[6 + i] for i in range(3)])
-        torch.manual_seed(1)
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -332,7 +358,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     for step, names in ((9, ["trainer_state.json"]), (8, ["trainer_state.json", "ema.safetensors"]), (10, [])):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in names:
-            (tmp_path / f"checkpoint-{step}" / name).touch()
+            (tmp_path / f"checkpoint-{step}" / name).write_text('{"global_step": 9}')
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11/trainer_state.json").write_text('{"global_step": 1')  # killed while it was written
     assert last_checkpoint(tmp_path, use_ema=True).name == "checkpoint-8"
     assert last_checkpoint(tmp_path, use_ema=False).name == "checkpoint-9"
     assert last_checkpoint(tmp_path / "none", use_ema=True) is None
@@ -402,6 +430,21 @@ def test_the_average_follows_its_formula(make_trainer):
     for step, value in enumerate(trajectory[1:], start=1):
         decay = min(0.5, 1 - (1 + step) ** -0.75)
         expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averages(trainer)["transformer.proj_out.weight"], expected)
+
+
+def test_an_average_on_the_cpu_at_intervals_is_the_same_formula(make_trainer):
+    trajectory = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            trajectory.append(model.transformer.proj_out.weight.detach().clone())
+
+    settings = {"ema_decay": 0.5, "ema_update_steps": 2, "ema_on_cpu": True}
+    trainer = make_trainer(max_steps=4, callbacks=[Record()], **settings)
+    trainer.train()
+    decay = min(0.5, 1 - 2**-0.75)
+    expected = decay * trajectory[1] + (1 - decay) * trajectory[3]
     torch.testing.assert_close(averages(trainer)["transformer.proj_out.weight"], expected)
 
 

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file
 from unipic2.core.errors import InputError
-from unipic2.trainer import FlowMatchingConfig
-from unipic2.trainer.pretrain import micro_previews, parse
+from unipic2.trainer import FlowMatchingConfig, StableDiffusion3KontextPipeline
+from unipic2.trainer.pretrain import parse, pretrain
+from unipic2.trainer.previews import micro_previews
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_yaml_and_flags(config_file):
     argv = config_file("model_name_or_path: m\nshift: 2.5\nlearning_rate: 1e-3\nnum_scenes: 7\nmax_steps: 3\n")
     script_args, args = parse([*argv, "--max_steps", "9"])
     assert (script_args.num_scenes, args.shift, args.learning_rate, args.max_steps) == (7, 2.5, 1e-3, 9)
-    assert isinstance(args, FlowMatchingConfig) and script_args.dataset_name == "micro"
+    assert isinstance(args, FlowMatchingConfig) and script_args.dataset_name == ["micro"]
 
 
 def test_the_shipped_config_parses(config_file):
@@ -75,7 +79,6 @@ def test_unknown_names_bring_the_nearest(config_file, key, nearest):
         ("shift: 0\nmodel_name_or_path: m", "shift"),
         ("edit_ratio: [1, 2]\nmodel_name_or_path: m", "training settings"),
         ("shift: 3.0", "model_name_or_path: found nothing"),
-        ("model_name_or_path: m\ndataset_name: laion", "dataset_name: found 'laion', expected micro"),
         ("- a\n- b", "mapping"),
         ("", "mapping"),
         ("shift: [1\nmodel_name_or_path", "config"),  # not YAML
@@ -112,3 +115,73 @@ def test_micro_previews_draw_the_same_grid(pipeline, tmp_path):
 def test_settings_survive_json(tmp_path):
     args = FlowMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", shift=2.0)
     assert json.loads(args.to_json_string())["shift"] == 2.0
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Return a jsonl of edits and one of pictures, in two shapes."""
+    rng = np.random.default_rng(0)
+    edits, pictures = [], []
+    for i in range(8):
+        size = (64, 96, 3) if i % 2 else (64, 64, 3)
+        for kind in "abc":
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{kind}{i}.png")
+        edits.append({"instruction": "make the red circle blue", "src_img": f"a{i}.png", "edited_img": f"b{i}.png"})
+        pictures.append({"caption": "two squares", "image": f"c{i}.png"})
+    for name, rows in (("edits", edits), ("pictures", pictures)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return [str(tmp_path / "edits.jsonl"), str(tmp_path / "pictures.jsonl")]
+
+
+def run(tmp_path, make_small_pipeline, pairs, *flags):
+    model = tmp_path / "model"
+    if not model.exists():
+        make_small_pipeline().save_pretrained(model)
+    argv = ["--model_name_or_path", str(model), "--dataset_name", *pairs, "--output_dir", str(tmp_path / "run")]
+    argv += "--use_cpu --resolution 64 --max_steps 4 --per_device_train_batch_size 2 --learning_rate 1e-2".split()
+    argv += "--report_to none --logging_steps 1 --disable_tqdm true --preview_inference_steps 1".split()
+    return model, pretrain(*parse([*argv, *flags]))
+
+
+def test_training_on_pictures_of_ones_own(tmp_path, make_small_pipeline, pairs):
+    """Edits and pictures from two files in two sizes, masks off: the transformer moves, all else stays."""
+    model, export = run(tmp_path, make_small_pipeline, pairs, "--preview_steps", "4", "--save_strategy", "no")
+    before, after = (load_file(f / "transformer/diffusion_pytorch_model.safetensors") for f in (model, export))
+    assert any((before[key] - after[key].float()).abs().max() > 1e-2 for key in before)
+    encoders = [load_file(f / "text_encoder/model.safetensors") for f in (model, export)]
+    assert all((encoders[0][key].half() == encoders[1][key]).all() for key in encoders[0])
+    with Image.open(tmp_path / "run/previews/step_000004.png") as grid:
+        assert len(grid.getcolors(10_000_000)) > 50 and grid.height > 2 * 96
+    StableDiffusion3KontextPipeline.from_pretrained(export)
+
+
+def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline, pairs):
+    flags = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "attention", "ff"]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--preview_steps", "0"]
+    model, export = run(tmp_path, make_small_pipeline, pairs, *flags)
+    assert sorted(p.name for p in export.iterdir()) == ["comfyui_lora.safetensors", "pytorch_lora_weights.safetensors"]
+    whole = load_file(export / "comfyui_lora.safetensors")
+    assert any(whole[key].abs().max() > 0 for key in whole if "lora_B" in key)
+    saved = load_file(tmp_path / "run/checkpoint-4/model.safetensors")
+    assert saved and all("lora_" in key for key in saved)
+    for name in ("checkpoint-4", "export"):
+        (tmp_path / "run" / name).rename(tmp_path / f"first-{name}")
+    run(tmp_path, make_small_pipeline, pairs, *flags, "--resume")
+    again = load_file(export / "comfyui_lora.safetensors")
+    assert all((whole[key] == again[key]).all() for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dataset_name", "micro", "more.jsonl"], "dataset_name: found micro, more.jsonl, expected micro alone"),
+        (["--dataset_name", "gone.jsonl"], "dataset gone.jsonl: found no such file"),
+        (["--resolution", "100"], "resolution: found 100, expected a multiple of 32"),
+        (["--use_peft", "--lora_r", "0"], "lora_r: found 0"),
+        (["--use_peft", "--lora_target_modules", "to_z"], "lora_target_modules: found 'to_z'"),
+        (["--trainable", "head"], "trainable: found 'head', expected one of full, attention"),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path, make_small_pipeline, pairs, flags, said):
+    with pytest.raises(InputError, match=said):
+        run(tmp_path, make_small_pipeline, pairs, *flags)

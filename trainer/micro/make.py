@@ -18,11 +18,12 @@ from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..flow_matching_trainer import last_checkpoint
 from ..kontext_pipeline import StableDiffusion3KontextPipeline, forget_paths
 from ..pretrain import parse, pretrain
+from ..sheets import save_sheet
 from . import CODEC_STEPS, DECODER_STEPS
 from .build import build_pipeline, build_tokenizer
 from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
-from .sheet import result_sheet, save_sheet
+from .sheet import result_sheet
 
 _HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
 _STAGES = "stages.json"

@@ -1,0 +1,117 @@
+"""Batches of one task and one size, drawn so that each sample's random choices are its own.
+
+A run is the same whatever was loaded ahead, wherever it was stopped and resumed, and on however many processes the
+batches of one optimizer step are spread.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+DRAW_SEED = "draw_seed"
+
+
+class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
+    """Yields draws `(index, seed)` in blocks of `block_size` of one task and one bucket.
+
+    Edits take `edit_ratio` of the blocks, evenly spread, so any run of blocks follows the ratio to within one. One
+    pass has as many blocks as the dataset fills. Each task is walked in a fresh random order, and walked again when it
+    runs out, so a small task repeats rather than ends the pass. What does not fill a block of its bucket is kept for
+    the next walk.
+
+    Args:
+        is_edit: one bool for each sample.
+        block_size: samples of one process's batch.
+        edit_ratio: 0 to 1; ignored where the data has one task only.
+        seed: the same seed and pass give the same draws.
+        buckets: what samples of one batch must share (their size), one for each sample; None for one size.
+        num_processes: processes that take blocks in turn. Their tasks rotate, so that over several blocks each process
+            has the same share of edits, which take longer. Draws of one turn are the same set for any number.
+    """
+
+    def __init__(
+        self,
+        is_edit: Sequence[bool],
+        block_size: int,
+        edit_ratio: float,
+        seed: int,
+        buckets: Sequence[Hashable] | None = None,
+        num_processes: int = 1,
+    ):
+        groups: dict[bool, dict[Hashable, list[int]]] = {False: {}, True: {}}
+        for index, edit in enumerate(is_edit):
+            bucket = None if buckets is None else buckets[index]
+            groups[bool(edit)].setdefault(bucket, []).append(index)
+        self.groups = {task: [torch.tensor(g) for g in by_size.values()] for task, by_size in groups.items()}
+        if not self.groups[True]:
+            edit_ratio = 0.0
+        elif not self.groups[False]:
+            edit_ratio = 1.0
+        self.num_blocks = max(1, len(is_edit) // block_size)
+        self.block_size, self.edit_ratio, self.seed, self.epoch = block_size, edit_ratio, seed, 0
+        self.num_processes = num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass; the same epoch gives the same order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        streams = {}
+        for task, groups in self.groups.items():
+            # A generator for each task: the draws of one do not depend on when the other's turn comes.
+            words = np.random.SeedSequence([self.seed, self.epoch, int(task)]).generate_state(2, np.uint64)
+            generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+            streams[task] = self._draws(groups, generator, int(words[1] >> np.uint64(1)))
+        for task in self._tasks():
+            yield from next(streams[task])
+
+    def _tasks(self) -> Iterator[bool]:
+        for turn, first in enumerate(range(0, self.num_blocks, self.num_processes)):
+            blocks = range(first, min(first + self.num_processes, self.num_blocks))
+            tasks = [int((b + 1) * self.edit_ratio) > int(b * self.edit_ratio) for b in blocks]
+            rotation = turn % len(tasks)
+            yield from tasks[rotation:] + tasks[:rotation]
+
+    def _draws(self, groups: list[torch.Tensor], generator: torch.Generator, start: int):
+        count = 0
+        for block in self._blocks(groups, generator):
+            yield [(index, (start + count + i) % 2**63) for i, index in enumerate(block.tolist())]
+            count += self.block_size
+
+    def _blocks(self, groups: list[torch.Tensor], generator: torch.Generator) -> Iterator[torch.Tensor]:
+        left = [group[:0] for group in groups]
+        while True:
+            blocks: list[torch.Tensor] = []
+            for i, group in enumerate(groups):
+                order = torch.cat([left[i], group[torch.randperm(len(group), generator=generator)]])
+                whole = len(order) // self.block_size * self.block_size
+                blocks += order[:whole].split(self.block_size) if whole else []
+                left[i] = order[whole:]
+            for i in torch.randperm(len(blocks), generator=generator).tolist():
+                yield blocks[i]
+
+
+class SeededDraws(torch.utils.data.Dataset):
+    """A dataset whose random choices depend on the draw alone, not on what was loaded before it.
+
+    Loaders read ahead, and a resumed run skips what it has seen; with the global random state either would change
+    prompts and dropout. Here each draw `(index, seed)` sets torch's CPU generator for one sample only.
+    """
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict:
+        index, seed = draw
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed also queues a call, with its stack as text, for every kind of device that is not in
+            # use yet: a millisecond a sample, and memory that is never freed.
+            torch.default_generator.manual_seed(seed)
+            return {**self.samples[index], DRAW_SEED: seed}

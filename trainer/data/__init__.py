@@ -1,0 +1,1 @@
+"""Training data: pictures with prompts and edits, from the formats that people have."""

@@ -1,0 +1,146 @@
+"""`unipic2 data check`: look at a dataset before paying for a training run on it."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ...core.files import write_file
+from ..sheets import Cell, contact_sheet, save_sheet
+from .buckets import nearest_bucket
+from .sources import BrokenRow, Source, measure, picture_of, read_pair
+
+_LISTED = 200  # broken rows written to the report
+_THUMBNAIL = 160
+_CELLS = 24
+
+
+def inspect_row(row: dict, columns, root: Path) -> dict:
+    """Decode a row and return what `check` counts: as `measure`, with the source's size and a digest of it all."""
+    found = {**measure(row, columns, root), "source_width": 0, "source_height": 0, "digest": ""}
+    if found["error"]:
+        return found
+    try:
+        pair = read_pair(row, columns, root)
+    except BrokenRow as broken:
+        return {**found, "error": str(broken)}
+    digest = hashlib.blake2b(pair.prompt.encode(), digest_size=16)
+    for column in (columns.target, columns.source):
+        place = picture_of(row[column], column, root) if column else None
+        if place is not None:
+            digest.update(place[0].read_bytes() if isinstance(place[0], Path) else place[0].getvalue())
+    if pair.source is not None:
+        found |= {"source_width": pair.source.width, "source_height": pair.source.height}
+    return {**found, "digest": digest.hexdigest()}
+
+
+def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int | None = None) -> dict:
+    """Read every row of every source.
+
+    Args:
+        sources: opened datasets.
+        buckets: sizes from `aspect_buckets`.
+        num_proc: processes that decode; None decodes in this one.
+
+    Returns:
+        A report, ready for JSON: counts, sizes in pixels, buckets, upscaled rows, edits whose source has another
+        shape, duplicates, broken rows by reason and one by one (the first 200).
+    """
+    report: dict = {"sources": [], "rows": 0, "t2i": 0, "edits": 0, "broken": 0, "broken_rows": []}
+    kinds: dict[str, Counter] = {"t2i": Counter(), "edits": Counter()}
+    reasons, digests = Counter(), defaultdict(list)
+    widths, heights, upscaled, reshaped = [], [], 0, 0
+    for source in sources:
+        found = source.map(inspect_row, "reading rows", num_proc)
+        columns = {role: getattr(source.columns, role) for role in ("prompt", "target", "source", "mask")}
+        report["sources"].append({"name": source.name, "rows": len(found), "columns": columns})
+        for number, row in enumerate(found):
+            report["rows"] += 1
+            if row["error"]:
+                report["broken"] += 1
+                reasons[_kind_of(row["error"])] += 1
+                if len(report["broken_rows"]) < _LISTED:
+                    report["broken_rows"].append({"source": source.name, "row": number, "reason": row["error"]})
+                continue
+            task = "edits" if row["is_edit"] else "t2i"
+            size = nearest_bucket(row["width"], row["height"], buckets)
+            report[task] += 1
+            kinds[task]["{}x{}".format(*size)] += 1
+            widths.append(row["width"])
+            heights.append(row["height"])
+            upscaled += row["width"] < size[0] or row["height"] < size[1]
+            if row["is_edit"]:
+                reshaped += nearest_bucket(row["source_width"], row["source_height"], buckets) != size
+            digests[row["digest"]].append((source.name, number))
+    repeated = [places for places in digests.values() if len(places) > 1]
+    report["width"], report["height"] = _spread(widths), _spread(heights)
+    report["buckets"] = {task: dict(sizes.most_common()) for task, sizes in kinds.items()}
+    report["upscaled"] = upscaled
+    report["edits_with_another_shape"] = reshaped
+    report["duplicates"] = sum(len(places) - 1 for places in repeated)
+    report["duplicate_examples"] = [[f"{name}:{row}" for name, row in places[:4]] for places in repeated[:20]]
+    report["broken_reasons"] = dict(reasons.most_common())
+    return report
+
+
+def _kind_of(reason: str) -> str:
+    """Return a reason without the file that it names, so that equal reasons are counted together."""
+    if reason.startswith("no file "):
+        return "no file"
+    return reason.rpartition(": ")[2] if ": " in reason else reason
+
+
+def _spread(values: list[int]) -> dict[str, int]:
+    if not values:
+        return {}
+    ordered = sorted(values)
+    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
+
+
+def summary(report: dict) -> str:
+    """Return the report as text for a terminal."""
+    lines = [f"rows: {report['rows']} (text-to-image {report['t2i']}, edits {report['edits']})"]
+    for source in report["sources"]:
+        named = ", ".join(f"{role} {name}" for role, name in source["columns"].items() if name)
+        lines.append(f"  {source['name']}: {source['rows']} rows; {named}")
+    for axis in ("width", "height"):
+        if report[axis]:
+            lines.append("{}: {min} to {max}, median {median} pixels".format(axis, **report[axis]))
+    for task, sizes in report["buckets"].items():
+        if sizes:
+            lines.append(f"buckets, {task}: " + ", ".join(f"{size} {count}" for size, count in sizes.items()))
+    lines.append(f"smaller than their bucket, would be enlarged: {report['upscaled']}")
+    if report["edits"]:
+        lines.append(f"edits whose source has another shape than the target: {report['edits_with_another_shape']}")
+    lines.append(f"duplicates: {report['duplicates']}")
+    lines.append(f"broken: {report['broken']}")
+    lines += [f"  {count} x {reason}" for reason, count in report["broken_reasons"].items()]
+    lines += [f"  {r['source']} row {r['row']}: {r['reason']}" for r in report["broken_rows"][:10]]
+    return "\n".join(lines)
+
+
+def preview(sources: list[Source]) -> Image.Image | None:
+    """Return a sheet of whole rows, evenly spread over the sources: edits with the source beside the target."""
+    cells = []
+    each = -(-_CELLS // len(sources))
+    for source in sources:
+        count = len(source.rows)
+        for row in dict.fromkeys(i * count // each for i in range(each)):
+            try:
+                pair = read_pair(source.rows[row], source.columns, source.root)
+            except BrokenRow:
+                continue
+            pictures = [pair.target] if pair.source is None else [pair.source, pair.target]
+            thumbnails = [ImageOps.pad(p, (_THUMBNAIL, _THUMBNAIL), color="white") for p in pictures]
+            cells.append(Cell(pair.prompt, thumbnails))
+    return contact_sheet(cells, columns=4, scale=1) if cells else None
+
+
+def write_report(report: dict, sheet: Image.Image | None, folder: Path) -> None:
+    """Write `report.json` and `sheet.png` to a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if sheet is not None:
+        save_sheet(sheet, folder / "sheet.png")

@@ -1,0 +1,123 @@
+"""The training set made of one or more sources: sizes read once, pictures decoded when they are drawn."""
+
+import sys
+from bisect import bisect_left
+from collections import Counter, defaultdict
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ...core.errors import InputError
+from .buckets import nearest_bucket
+from .sources import BrokenRow, Source, measure, read_pair
+
+_LATENT_FACTOR = 8  # pixels of a latent's edge
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Samples for `FlowMatchingTrainer`: `prompt`, `pixel_values`, for edits `ref_pixel_values`, `source_id`.
+
+    Pixels are uint8 tensors (3, height, width) of the row's bucket: scaled to cover it, centre cropped; source, target
+    and mask alike. Masks are floats (1, height / 8, width / 8) in 0..1.
+
+    Rows that headers show to be broken are left out at once. One that turns out so later is replaced by its neighbour
+    in the same bucket, and counted.
+
+    Args:
+        sources: opened datasets, mixed.
+        buckets: sizes from `aspect_buckets`.
+        max_broken: share of broken rows, 0 to 1, above which training stops.
+        num_proc: processes that read headers; None reads in this one.
+
+    Raises:
+        InputError: too many broken rows, or none whole.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        buckets: list[tuple[int, int]],
+        max_broken: float = 0.01,
+        num_proc: int | None = None,
+    ):
+        self.sources, self.max_broken = sources, max_broken
+        self.places: list[tuple[int, int]] = []
+        self.is_edit: list[bool] = []
+        self.buckets: list[tuple[int, int]] = []
+        self.source_ids: list[int] = []
+        self.broken: dict[tuple[int, int], str] = {}
+        self.num_rows = sum(len(source.rows) for source in sources)
+        for number, source in enumerate(sources):
+            self._measure(number, source, buckets, num_proc)
+        self._check_broken()
+        self.groups = defaultdict(list)
+        for index, key in enumerate(zip(self.is_edit, self.buckets, strict=True)):
+            self.groups[key].append(index)
+
+    def _measure(self, number: int, source: Source, buckets: list[tuple[int, int]], num_proc: int | None) -> None:
+        measured = source.map(measure, "reading sizes", num_proc)
+        for row, found in enumerate(measured):
+            if found["error"]:
+                self.broken[number, row] = found["error"]
+                continue
+            self.places.append((number, row))
+            self.is_edit.append(found["is_edit"])
+            self.buckets.append(nearest_bucket(found["width"], found["height"], buckets))
+            self.source_ids.append(found["source_id"])
+
+    def _check_broken(self) -> None:
+        if not self.places or len(self.broken) > self.max_broken * self.num_rows:
+            (number, row), reason = next(reversed(self.broken.items()))
+            example = f"row {row} of {self.sources[number].name}: {reason}"
+            raise InputError(
+                "training data",
+                found=f"{len(self.broken)} broken rows of {self.num_rows}, such as {example}",
+                expected=f"at most a share of {self.max_broken}",
+                remedy="`unipic2 data check` lists them all; mend them, or raise max_broken.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        group = self.groups[self.is_edit[index], self.buckets[index]]
+        first = bisect_left(group, index)
+        for offset in range(len(group)):
+            index = group[(first + offset) % len(group)]
+            number, row = self.places[index]
+            source = self.sources[number]
+            try:
+                return self._sample(index, read_pair(source.rows[row], source.columns, source.root))
+            except BrokenRow as broken:
+                if (number, row) not in self.broken:
+                    sys.stderr.write(f"left out row {row} of {source.name}: {broken}\n")
+                self.broken[number, row] = str(broken)
+                self._check_broken()
+        raise InputError("training data", found=f"no whole row of {self.buckets[index]} pixels left")
+
+    def _sample(self, index: int, pair) -> dict:
+        size = self.buckets[index]
+        sample = {"prompt": pair.prompt, "pixel_values": _pixels(pair.target, size)}
+        if self.is_edit[index]:
+            sample["ref_pixel_values"] = _pixels(pair.source, size)
+        if pair.mask is not None:
+            mask = ImageOps.fit(pair.mask, size, Image.Resampling.BICUBIC)
+            mask = mask.resize((size[0] // _LATENT_FACTOR, size[1] // _LATENT_FACTOR), Image.Resampling.BOX)
+            sample["loss_mask"] = torch.from_numpy(np.array(mask)).float().div(255)[None]
+        return {**sample, "source_id": self.source_ids[index]}
+
+    def summary(self) -> str:
+        """Return one line for each task: rows and the sizes they fill."""
+        lines = []
+        for task, name in ((False, "text-to-image"), (True, "edits")):
+            sizes = Counter(size for edit, size in zip(self.is_edit, self.buckets, strict=True) if edit == task)
+            filled = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sizes.most_common(6))
+            more = f", {len(sizes) - 6} more sizes" if len(sizes) > 6 else ""
+            lines.append(f"{name}: {sum(sizes.values())} rows ({filled}{more})" if sizes else f"{name}: none")
+        return "\n".join([*lines, f"broken rows left out: {len(self.broken)} of {self.num_rows}"])
+
+
+def _pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    fitted = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()

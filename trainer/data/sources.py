@@ -1,0 +1,297 @@
+"""Reading datasets of pictures and edits: jsonl with paths, parquet, webdataset tars, image folders, hub names.
+
+The `datasets` library does the reading. Here columns get their meaning, and rows become pictures; a row that cannot be
+read is a `BrokenRow` with a reason, never a crash of a run that was going well.
+"""
+
+import difflib
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from PIL import Image, ImageOps
+
+from ...core.errors import InputError
+from ...core.pictures import to_rgb
+
+SOURCE_COLUMNS = ("src_img", "source_image", "input_images", "image")
+TARGET_COLUMNS = ("edited_img", "edited_image", "target_image", "output_images", "output_image")
+PROMPT_COLUMNS = ("prompt", "instruction", "caption", "edited_prompt_list", "edit_prompt", "text", "txt")
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+"""Names of the one picture of a text-to-image row, where there is no column of `TARGET_COLUMNS`."""
+MASK_COLUMNS = ("mask", "mask_img", "mask_image")
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_EXIF_ORIENTATION = 0x0112
+
+
+class BrokenRow(ValueError):
+    """A row that cannot be trained on; the message is the reason, with the file's name where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column is what. Example: `Columns("instruction", "edited_img", "src_img")`."""
+
+    prompt: str
+    """Text, or a list of texts, of which the last is used."""
+    target: str
+    """The picture to learn."""
+    source: str | None = None
+    """The picture that an edit starts from; None where all rows are text-to-image."""
+    mask: str | None = None
+    """Where the edit is: white is inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row. Example: `Pair("make it red", target, source)`."""
+
+    prompt: str
+    """The caption, or the instruction of an edit."""
+    target: Image.Image
+    """8-bit RGB."""
+    source: Image.Image | None
+    """8-bit RGB; None for text-to-image."""
+    mask: Image.Image | None = None
+    """8-bit grey."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One opened dataset. Example: `open_source("edits.jsonl")`."""
+
+    name: str
+    """As the user gave it."""
+    rows: datasets.Dataset
+    """Pictures are not decoded yet."""
+    columns: Columns
+    """Meaning of the columns."""
+    root: Path
+    """Folder that relative picture paths start from."""
+
+    def map(self, function, what: str, num_proc: int | None) -> datasets.Dataset:
+        """Return what `function(row, columns, root)` says of each row, computed in `num_proc` processes.
+
+        `datasets` keeps results under a fingerprint of the rows, so a second run reads them; but not where pictures
+        are files beside the rows, which may have changed since.
+        """
+        picture = self.rows[0][self.columns.target]
+        picture = picture[0] if isinstance(picture, list) and picture else picture
+        inside = isinstance(picture, dict) and picture.get("bytes") is not None
+        return self.rows.map(
+            function,
+            fn_kwargs={"columns": self.columns, "root": self.root},
+            remove_columns=self.rows.column_names,
+            num_proc=num_proc if num_proc and num_proc > 1 else None,
+            load_from_cache_file=inside,
+            desc=f"{what} of {self.name}",
+        )
+
+
+def find_columns(names: Iterable[str], what: str, **given: str | None) -> Columns:
+    """Tell the columns apart by their names; `given` (`prompt=`, `target=`, `source=`, `mask=`) goes first.
+
+    Raises:
+        InputError: a given column does not exist, or there is no prompt or no picture.
+    """
+    names = list(names)
+    for role, name in given.items():
+        if name is not None and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else None
+            raise InputError(
+                f"{role}_column of {what}", found=repr(name), expected=f"one of {', '.join(names)}", remedy=remedy
+            )
+
+    def first(role: str, aliases: tuple[str, ...]) -> str | None:
+        return given.get(role) or next((alias for alias in aliases if alias in names), None)
+
+    target = first("target", TARGET_COLUMNS)
+    source = first("source", SOURCE_COLUMNS) if target is not None else given.get("source")
+    target = target or first("target", PICTURE_COLUMNS)
+    prompt = first("prompt", PROMPT_COLUMNS)
+    for role, name, aliases in (
+        ("prompt", prompt, PROMPT_COLUMNS),
+        ("target", target, (*TARGET_COLUMNS, *PICTURE_COLUMNS)),
+    ):
+        if name is None:
+            raise InputError(
+                f"columns of {what}",
+                found=", ".join(names),
+                expected=f"a {role}: {', '.join(aliases)}",
+                remedy=f"Name the column with {role}_column.",
+            )
+    return Columns(prompt, target, None if source == target else source, first("mask", MASK_COLUMNS))
+
+
+def open_source(name: str, image_root: str | None = None, split: str = "train", **columns: str | None) -> Source:
+    """Open a dataset without decoding its pictures.
+
+    Args:
+        name: a .jsonl, .json, .parquet or .tar file, a folder of such files or of pictures, or a dataset's name on the
+            hub. No code of a dataset is ever run.
+        image_root: folder that picture paths in rows start from; default the folder of the file.
+        split: which split to read where there are several.
+        columns: overrides for `find_columns`.
+
+    Raises:
+        InputError: nothing there, unreadable, or columns that say nothing.
+    """
+    path = Path(name)
+    try:
+        if path.exists():
+            loader, files = _files_of(path)
+            kwargs = {"data_dir": str(path)} if loader == "imagefolder" else {"data_files": [str(f) for f in files]}
+            rows = datasets.load_dataset(loader, split=split, **kwargs)
+        elif path.is_absolute() or len(path.parts) != 2 or path.suffix in _LOADERS:
+            raise InputError(f"dataset {name}", found="no such file or folder", expected=", ".join(_LOADERS))
+        else:
+            rows = datasets.load_dataset(name, split=split)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = error.__cause__ or error  # the library wraps what a reader said
+        found = " ".join(str(reason).split())[:400]
+        raise InputError(f"dataset {name}", found=found, expected="rows that `datasets` can read") from error
+    if not len(rows):
+        raise InputError(f"dataset {name}", found="no rows", expected="at least one")
+    root = Path(image_root) if image_root else (path if path.is_dir() else path.parent)
+    if image_root and not root.is_dir():
+        raise InputError("image_root", found=f"{image_root}, which is no folder", expected="a folder of pictures")
+    rows = rows.cast(datasets.Features({n: _undecoded(f) for n, f in rows.features.items()}))
+    return Source(name, rows, find_columns(rows.column_names, name, **columns), root)
+
+
+def _files_of(path: Path) -> tuple[str, list[Path]]:
+    if path.is_file():
+        if path.suffix.lower() not in _LOADERS:
+            expected = f"a file of {', '.join(_LOADERS)}, or a folder"
+            raise InputError(f"dataset {path}", found=f"a {path.suffix or 'nameless'} file", expected=expected)
+        return _LOADERS[path.suffix.lower()], [path]
+    for suffix in (".parquet", ".tar", ".jsonl"):
+        files = sorted(f for f in path.rglob(f"*{suffix}") if f.name != "metadata.jsonl")
+        if files:
+            return _LOADERS[suffix], files
+    return "imagefolder", []
+
+
+def _undecoded(feature):
+    """Return a feature with its pictures as bytes or paths; decoding is ours, so that a bad one is one bad row."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(feature[0])]
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return type(feature)(datasets.Image(decode=False))
+    return feature
+
+
+def read_prompt(row: dict, columns: Columns) -> str:
+    """Return a row's prompt. Raises BrokenRow where it has none."""
+    value = row[columns.prompt]
+    if isinstance(value, (list, tuple)):
+        value = value[-1] if value else ""
+    if not isinstance(value, str) or not value.strip():
+        raise BrokenRow(f"no text in {columns.prompt}")
+    return value.strip()
+
+
+def picture_of(value, column: str, root: Path):
+    """Return what `PIL.Image.open` takes and a name for it, or None where the row has no such picture.
+
+    Raises:
+        BrokenRow: several pictures, or a file that is not there.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise BrokenRow(f"{len(value)} pictures in {column}, one is supported")
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bytes):
+        return io.BytesIO(value), column
+    path = root / str(value)
+    if not path.is_file():
+        raise BrokenRow(f"no file {path}")
+    return path, str(path)
+
+
+def _open(value, column: str, root: Path) -> Image.Image | None:
+    found = picture_of(value, column, root)
+    if found is None:
+        return None
+    try:
+        return to_rgb(ImageOps.exif_transpose(Image.open(found[0])), found[1])[0]
+    except Image.DecompressionBombError:
+        raise BrokenRow(f"{found[1]}: too many pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
+        raise BrokenRow(f"{found[1]}: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
+    """Decode a row.
+
+    Raises:
+        BrokenRow: no prompt, a picture that is missing or cannot be read, several sources, or no target.
+    """
+    prompt = read_prompt(row, columns)
+    target = _open(row[columns.target], columns.target, root)
+    if target is None:
+        raise BrokenRow(f"no picture in {columns.target}")
+    source = _open(row[columns.source], columns.source, root) if columns.source else None
+    mask = _open(row[columns.mask], columns.mask, root) if columns.mask else None
+    return Pair(prompt, target, source, None if mask is None else mask.convert("L"))
+
+
+def measure(row: dict, columns: Columns, root: Path) -> dict:
+    """Read a row's headers only.
+
+    Returns:
+        `width` and `height` of the target as it is shown, `is_edit`, `source_id` (same source picture, same number;
+        for text-to-image by the prompt), `error` ("" or the reason why the row is broken).
+    """
+    result = {"width": 0, "height": 0, "is_edit": False, "source_id": 0, "error": ""}
+    try:
+        prompt = read_prompt(row, columns)
+        target = picture_of(row[columns.target], columns.target, root)
+        if target is None:
+            raise BrokenRow(f"no picture in {columns.target}")
+        result["width"], result["height"] = _size(*target)
+        source = picture_of(row[columns.source], columns.source, root) if columns.source else None
+        if source is not None:
+            _size(*source)
+        key = prompt.encode() if source is None else _identity(source[0])
+        result |= {"is_edit": source is not None, "source_id": _number(key)}
+    except BrokenRow as broken:
+        result["error"] = str(broken)
+    return result
+
+
+def _size(where, name: str) -> tuple[int, int]:
+    try:
+        with Image.open(where) as image:
+            width, height = image.size
+            # Asked for EXIF that is not in its head, Pillow decodes a whole PNG to look behind the picture.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            rotated = exif.get(_EXIF_ORIENTATION) in _ROTATED
+    except Image.DecompressionBombError:
+        raise BrokenRow(f"{name}: too many pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BrokenRow(f"{name}: {' '.join(str(error).split())[:200]}") from None
+    if not width or not height:
+        raise BrokenRow(f"{name}: {width}x{height} pixels")
+    return (height, width) if rotated else (width, height)
+
+
+def _identity(where) -> bytes:
+    return str(where).encode() if isinstance(where, Path) else where.getvalue()
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
