@@ -24,7 +24,7 @@ examples:
 
 TRAINER_COMMANDS = {
     "train": "train a model: train METHOD --config FILE [--field value ...]",
-    "data": "look at training data: data check DATASET ...",
+    "data": "training data: data check DATASET ..., data cache --config FILE",
     "export": "write a trained model as one file for ComfyUI: export --model DIR --out FILE",
     "eval": "measure a model: eval BENCHMARK --model DIR_OR_NAME --out DIR",
     "micro": "the micro world: scenes, contact sheets, the bundled model",

@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model", epilog=_TRAIN_HELP)
 
-    data = commands.add_parser("data", help="look at training data").add_subparsers(dest="action", required=True)
+    data = commands.add_parser("data", help="training data").add_subparsers(dest="action", required=True)
+    data.add_parser("cache", help="encode ahead: data cache --config FILE, the settings of a training run")
     check = data.add_parser(
         "check",
         help="read a dataset and report counts, sizes, buckets, broken rows and duplicates",
@@ -95,6 +96,10 @@ def main(argv: list[str]) -> int:
     """Run `unipic2 train|eval|micro ...`; returns the exit status. Raises InputError for what the user can mend."""
     if argv[:1] == ["train"]:
         return _train(argv[1:])
+    if argv[:2] == ["data", "cache"]:
+        from .pretrain import cache
+
+        return cache(argv[2:])
     arguments, rest = build_parser().parse_known_args(argv)
     for name, least in _LEAST.items():
         value = getattr(arguments, name, None)

@@ -3,7 +3,8 @@
 Convention: sigma 0 is the picture, sigma 1 is noise (see `core.flow`). A sample is a dict with `prompt`, `latents`
 (C, H, W), already scaled for the transformer, and for an edit `ref_latents` (C, H, W). In place of latents it may have
 `pixel_values` and `ref_pixel_values`, uint8 (3, 8H, 8W). Optional: `loss_mask` (1, H, W), 0 to 1, where an edit is to
-be learned, and `source_id` (int), the same for samples that contrastive training must not play off against each other.
+be learned, `source_id` (int), the same for samples that contrastive training must not play off against each other, and
+`text`, ready states (L, D) and pooled text (P,); the dataset then has `empty_text`, those of the empty prompt.
  Batches hold one task and one size only (`batches`), so no padding and no mask is needed.
 """
 
@@ -181,7 +182,8 @@ class FlowMatchingTrainer(Trainer):
     def collate(self, samples: list[dict]) -> dict:
         """Stack samples of one task and size; some prompts are dropped to the empty one, some references left out.
 
-        Prompts become token ids (B, L) where the text encoder is trained, and stay words where it is frozen. `seed` is
+        Prompts become token ids (B, L) where the text encoder is trained, ready states and pooled text where samples
+        bring them as `text`, and else stay words for the frozen encoders. `seed` is
         what the loss draws noise and sigmas from.
         """
         seed = samples[0].get(DRAW_SEED, 0)
@@ -192,7 +194,11 @@ class FlowMatchingTrainer(Trainer):
         keep = torch.rand(len(samples), generator=generator) >= dropout
         prompts = [s["prompt"] if k else "" for s, k in zip(samples, keep, strict=True)]
         batch = {kind: torch.stack([s[kind] for s in samples]), "text": prompts, "is_edit": is_edit}
-        if self.args.train_text_encoder:
+        if "text" in samples[0]:
+            empty = self.train_dataset.empty_text
+            chosen = [s["text"] if k else empty for s, k in zip(samples, keep, strict=True)]
+            batch["text"] = tuple(torch.stack(part) for part in zip(*chosen, strict=True))
+        elif self.args.train_text_encoder:
             tokenizer = self.pipeline.tokenizer
             length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             batch["text"] = tokenizer(prompts, **length, return_tensors="pt").input_ids
@@ -255,7 +261,7 @@ class FlowMatchingTrainer(Trainer):
             args.logit_mean, args.logit_std, args.mode_scale,
         ).to(latents.device)  # fmt: skip
         text = inputs["text"]
-        if not args.train_text_encoder:
+        if isinstance(text, list):
             text = self.encode_text(text, latents.device)
         mask, target = inputs.get("loss_mask"), noise - latents
         velocity = model(interpolate(latents, noise, sigmas), sigmas, text, reference)
@@ -288,12 +294,17 @@ class FlowMatchingTrainer(Trainer):
         sums.index_add_(0, bands, torch.stack([errors, torch.ones_like(errors)], dim=1))
         self._losses["bands"].append(sums)
 
+    def text_encoders(self) -> list[nn.Module]:
+        """Return the pipeline's text encoders."""
+        pipeline = self.pipeline
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        return [encoder for encoder in encoders if encoder is not None]
+
     @torch.no_grad()
     def encode_text(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return states (B, L, D) and pooled text (B, P) from the pipeline's frozen encoders."""
-        for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3):
-            if encoder is not None:
-                encoder.to(device)
+        for encoder in self.text_encoders():
+            encoder.to(device)
         states, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, device=device, do_classifier_free_guidance=False
         )
@@ -388,7 +399,7 @@ class FlowMatchingTrainer(Trainer):
                 save_lora(self.pipeline, unfinished)
             else:
                 self.pipeline.save_pretrained(unfinished, safe_serialization=True)
-            for file in unfinished.glob("*/*.safetensors"):
+            for file in unfinished.rglob("*.safetensors"):
                 cast_file(file, getattr(torch, self.args.export_dtype))
             if folder.exists():
                 shutil.rmtree(folder)
@@ -441,8 +452,11 @@ class _PreviewCallback(TrainerCallback):
             return
         trainer = self.trainer
         # Drawing must not move the training's random numbers: the run is the same with and without previews.
+        helpers = [trainer.pipeline.vae, *trainer.text_encoders()]
+        places = [module.device for module in helpers]  # with cached texts the encoders wait on the CPU
         with torch.random.fork_rng():
-            trainer.pipeline.vae.to(args.device)
+            for module in helpers:
+                module.to(args.device)
             if trainer.ema is not None:
                 trainer.ema.swap_in(model)
             model.eval()
@@ -452,6 +466,8 @@ class _PreviewCallback(TrainerCallback):
                 model.train()
                 if trainer.ema is not None:
                     trainer.ema.swap_out(model)
+                for module, place in zip(helpers, places, strict=True):
+                    module.to(place)
         folder = Path(args.output_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{state.global_step:06d}.png"

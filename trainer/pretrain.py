@@ -15,9 +15,10 @@ from ..core.errors import InputError
 from ..core.files import check_replaceable
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
+from .data.cache import CachedPairs, build_cache
 from .data.pairs import PairDataset
 from .data.sources import open_source
-from .flow_matching_config import FlowMatchingConfig
+from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
@@ -56,6 +57,17 @@ class PretrainArguments:
         metadata={"help": "area: buckets of about resolution squared pixels. longer_edge: its longer edge."},
     )
     max_aspect: float = field(default=2.0, metadata={"help": "Longer to shorter edge of a bucket, at most."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for latents and text states, encoded once before training (`unipic2 data cache` does it "
+            "ahead); the encoders then wait on the CPU. None encodes beside training."
+        },
+    )
+    cache_dtype: str = field(
+        default="float16", metadata={"help": "Type of what is cached: float32, float16 or bfloat16."}
+    )
+    cache_batch_size: int = field(default=8, metadata={"help": "Pictures, or texts, encoded at a time."})
     max_broken: float = field(
         default=0.01, metadata={"help": "Share of rows, 0 to 1, that may be broken; above it training stops."}
     )
@@ -77,6 +89,11 @@ class PretrainArguments:
     )
 
     def __post_init__(self):
+        if self.cache_dtype not in EXPORT_DTYPES:
+            expected = f"one of {', '.join(EXPORT_DTYPES)}"
+            raise InputError("cache_dtype", found=repr(self.cache_dtype), expected=expected)
+        if self.cache_batch_size < 1:
+            raise InputError("cache_batch_size", found=self.cache_batch_size, expected="at least 1")
         for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else value)
@@ -154,8 +171,10 @@ def load_pipeline(name: str, args: FlowMatchingConfig, lora: bool) -> StableDiff
     return StableDiffusion3KontextPipeline.from_pretrained(name, torch_dtype=types)
 
 
-def load_dataset(script_args: PretrainArguments, pipeline, seed: int) -> MicroDataset | PairDataset:
-    """Return the training data.
+def load_dataset(
+    script_args: PretrainArguments, args: FlowMatchingConfig, pipeline
+) -> MicroDataset | PairDataset | CachedPairs:
+    """Return the training data; under `cache_dir` it is encoded first, by the first process alone.
 
     Raises:
         InputError: see `open_source`, `aspect_buckets` and `PairDataset`; or the micro world for a model that is not.
@@ -164,7 +183,7 @@ def load_dataset(script_args: PretrainArguments, pipeline, seed: int) -> MicroDa
         if not isinstance(pipeline.vae, AutoencoderTiny):
             found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
             raise InputError("model_name_or_path", found=found, expected=expected)
-        return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, seed)
+        return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
     columns = {role: getattr(script_args, f"{role}_column") for role in ("prompt", "target", "source", "mask")}
     sources = [
         open_source(name, script_args.image_root, script_args.dataset_split, **columns)
@@ -173,7 +192,19 @@ def load_dataset(script_args: PretrainArguments, pipeline, seed: int) -> MicroDa
     buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
     dataset = PairDataset(sources, buckets, script_args.max_broken, script_args.preprocessing_num_workers)
     sys.stderr.write(f"{dataset.summary()}\n")
-    return dataset
+    if script_args.cache_dir is None:
+        return dataset
+    if args.train_text_encoder:
+        raise InputError("cache_dir", found="train_text_encoder too", expected="frozen text encoders")
+    with args.main_process_first(local=False, desc="encoding"):
+        return build_cache(
+            dataset,
+            pipeline,
+            Path(script_args.cache_dir),
+            getattr(torch, script_args.cache_dtype),
+            args.device,
+            script_args.cache_batch_size,
+        )
 
 
 def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
@@ -186,12 +217,27 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
         start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
         sys.stderr.write(f"{output_dir}: training goes on {start}\n")
     pipeline = load_pipeline(script_args.model_name_or_path, args, lora=peft_config is not None)
-    dataset = load_dataset(script_args, pipeline, args.seed)
-    previews = micro_previews(args) if isinstance(dataset, MicroDataset) else pair_previews(dataset, args)
+    dataset = load_dataset(script_args, args, pipeline)
+    if isinstance(dataset, MicroDataset):
+        previews = micro_previews(args)
+    else:
+        previews = pair_previews(dataset.pairs if isinstance(dataset, CachedPairs) else dataset, args)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.export(output_dir / "export")
     return output_dir / "export"
+
+
+def cache(argv: list[str]) -> int:
+    """Entry of `unipic2 data cache`, which takes the settings of a training run."""
+    script_args, args = parse(argv)
+    if script_args.cache_dir is None or script_args.dataset_name == [MICRO]:
+        found = "none" if script_args.cache_dir is None else "dataset_name micro"
+        raise InputError("cache_dir", found=found, expected="a folder, and data of your own")
+    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True)
+    dataset = load_dataset(script_args, args, pipeline)
+    sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")
+    return 0
 
 
 def main(argv: list[str]) -> int:

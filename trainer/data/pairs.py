@@ -46,6 +46,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.is_edit: list[bool] = []
         self.buckets: list[tuple[int, int]] = []
         self.source_ids: list[int] = []
+        self.prompts: list[str] = []
+        self.keys: list[str] = []
         self.broken: dict[tuple[int, int], str] = {}
         self.num_rows = sum(len(source.rows) for source in sources)
         for number, source in enumerate(sources):
@@ -65,6 +67,8 @@ class PairDataset(torch.utils.data.Dataset):
             self.is_edit.append(found["is_edit"])
             self.buckets.append(nearest_bucket(found["width"], found["height"], buckets))
             self.source_ids.append(found["source_id"])
+            self.prompts.append(found["prompt"])
+            self.keys.append(found["key"])
 
     def _check_broken(self) -> None:
         if not self.places or len(self.broken) > self.max_broken * self.num_rows:
@@ -85,16 +89,33 @@ class PairDataset(torch.utils.data.Dataset):
         first = bisect_left(group, index)
         for offset in range(len(group)):
             index = group[(first + offset) % len(group)]
-            number, row = self.places[index]
-            source = self.sources[number]
             try:
-                return self._sample(index, read_pair(source.rows[row], source.columns, source.root))
+                return self.read(index)
             except BrokenRow as broken:
-                if (number, row) not in self.broken:
-                    sys.stderr.write(f"left out row {row} of {source.name}: {broken}\n")
-                self.broken[number, row] = str(broken)
-                self._check_broken()
+                self.note_broken(index, str(broken))
         raise InputError("training data", found=f"no whole row of {self.buckets[index]} pixels left")
+
+    def read(self, index: int) -> dict:
+        """Return a row's own sample.
+
+        Raises:
+            BrokenRow: it cannot be read.
+        """
+        number, row = self.places[index]
+        source = self.sources[number]
+        return self._sample(index, read_pair(source.rows[row], source.columns, source.root))
+
+    def note_broken(self, index: int, reason: str) -> None:
+        """Count a row as broken, and say so once.
+
+        Raises:
+            InputError: that makes too many.
+        """
+        number, row = self.places[index]
+        if (number, row) not in self.broken:
+            sys.stderr.write(f"left out row {row} of {self.sources[number].name}: {reason}\n")
+        self.broken[number, row] = reason
+        self._check_broken()
 
     def _sample(self, index: int, pair) -> dict:
         size = self.buckets[index]

@@ -256,7 +256,7 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
         `width` and `height` of the target as it is shown, `is_edit`, `source_id` (same source picture, same number;
         for text-to-image by the prompt), `error` ("" or the reason why the row is broken).
     """
-    result = {"width": 0, "height": 0, "is_edit": False, "source_id": 0, "error": ""}
+    result = {"width": 0, "height": 0, "is_edit": False, "source_id": 0, "prompt": "", "key": "", "error": ""}
     try:
         prompt = read_prompt(row, columns)
         target = picture_of(row[columns.target], columns.target, root)
@@ -266,8 +266,11 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
         source = picture_of(row[columns.source], columns.source, root) if columns.source else None
         if source is not None:
             _size(*source)
-        key = prompt.encode() if source is None else _identity(source[0])
-        result |= {"is_edit": source is not None, "source_id": _number(key)}
+        mask = picture_of(row[columns.mask], columns.mask, root) if columns.mask else None
+        pictures = [b"" if place is None else _identity(place[0]) for place in (target, source, mask)]
+        same = prompt.encode() if source is None else pictures[1]
+        result |= {"is_edit": source is not None, "source_id": int.from_bytes(_digest(same)[:8], "big") >> 1}
+        result |= {"prompt": prompt, "key": _digest(b"".join(map(_digest, [prompt.encode(), *pictures]))).hex()}
     except BrokenRow as broken:
         result["error"] = str(broken)
     return result
@@ -290,8 +293,12 @@ def _size(where, name: str) -> tuple[int, int]:
 
 
 def _identity(where) -> bytes:
-    return str(where).encode() if isinstance(where, Path) else where.getvalue()
+    """Return what tells a picture from others: its bytes, or a file's name, size and time."""
+    if not isinstance(where, Path):
+        return where.getvalue()
+    stat = where.stat()
+    return f"{where.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
 
 
-def _number(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

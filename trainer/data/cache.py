@@ -1,0 +1,231 @@
+"""Latents and text states of a training set, encoded once into sharded safetensors.
+
+A cache folder has `cache.json` (what encoded it) and shards of some hundred rows. Each row is found by a key made of
+its text, its pictures and its size, so rows may be added, mended or reordered: only what is new is encoded. Building
+can be stopped at any point; whole shards are kept.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from ...core.checkpoint import read_header, save_tensors
+from ...core.errors import InputError
+from ...core.files import write_file
+from .pairs import PairDataset
+from .sources import BrokenRow
+
+_INDEX = "cache.json"
+_ROWS, _TEXTS = 256, 128  # entries of a shard
+_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@torch.no_grad()
+def fingerprint(pipeline, dtype: torch.dtype) -> str:
+    """Return a digest of all that a cache's contents depend on beside the rows: encoders, tokenizers, stored type."""
+    digest = hashlib.blake2b(f"1 {dtype}".encode(), digest_size=16)
+    for name in _ENCODERS:
+        module = getattr(pipeline, name, None)
+        for key, tensor in module.state_dict().items() if module is not None else ():
+            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    vae = pipeline.vae.config
+    digest.update(f"{vae.scaling_factor} {vae.shift_factor}".encode())
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is not None:
+            words = sorted(tokenizer.get_vocab().items())
+            digest.update(f"{name} {tokenizer.model_max_length} {words}".encode())
+    return digest.hexdigest()
+
+
+class Cache:
+    """A cache folder, opened for reading and for adding.
+
+    Args:
+        folder: made if need be.
+        fingerprint: of the encoders in use.
+
+    Raises:
+        InputError: the folder holds something else, or a cache of other encoders; a shard is cut off.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder = folder
+        index = folder / _INDEX
+        if index.is_file():
+            try:
+                found = json.loads(index.read_text(encoding="utf-8"))["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"cache {index}", found="broken JSON", remedy="Delete the folder.") from None
+            if found != fingerprint:
+                remedy = "Name another cache_dir, or delete this one."
+                found = "a cache that other encoders or another cache_dtype made"
+                raise InputError(f"cache_dir {folder}", found=found, remedy=remedy)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"cache_dir {folder}", found="something that is no cache", expected="a new folder")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(index, json.dumps({"fingerprint": fingerprint}) + "\n")
+        self.places: dict[str, Path] = {}
+        self._files: dict[Path, safe_open] = {}
+        self.shards = sorted(folder.glob("shard-*.safetensors"))
+        for shard in self.shards:
+            self.places |= dict.fromkeys(read_header(shard).shapes, shard)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a shard."""
+        number = int(self.shards[-1].stem.rpartition("-")[2]) + 1 if self.shards else 0
+        shard = self.folder / f"shard-{number:06d}.safetensors"
+        save_tensors({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, shard)
+        self.shards.append(shard)
+        self.places |= dict.fromkeys(tensors, shard)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        shard = self.places[key]
+        if shard not in self._files:
+            self._files[shard] = safe_open(shard, framework="pt")
+        return self._files[shard].get_tensor(key)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}  # loader processes open their own
+
+
+def row_key(dataset: PairDataset, index: int) -> str:
+    """Return the key of a row at its size."""
+    width, height = dataset.buckets[index]
+    return f"{dataset.keys[index]} {width}x{height}"
+
+
+def text_key(prompt: str) -> str:
+    """Return the key of a text."""
+    return f"text {hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()}"
+
+
+@torch.no_grad()
+def build_cache(
+    dataset: PairDataset, pipeline, folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int = 8
+) -> "CachedPairs":
+    """Encode what is not in the cache yet, and return the cached dataset.
+
+    Args:
+        dataset: the rows.
+        pipeline: its VAE and text encoders encode, and are back on the CPU afterwards.
+        folder: the cache.
+        dtype: type in which latents and text states are stored.
+        device: where encoding runs.
+        batch_size: pictures, or texts, encoded at a time.
+
+    Raises:
+        InputError: as `Cache` and `PairDataset`.
+    """
+    cache = Cache(folder, fingerprint(pipeline, dtype))
+    encoders = [module for name in _ENCODERS if (module := getattr(pipeline, name, None)) is not None]
+    for module in encoders:
+        module.eval().to(device)
+    try:
+        _add_rows(cache, dataset, pipeline, dtype, device, batch_size)
+        _add_texts(cache, ["", *dataset.prompts], pipeline, dtype, device, batch_size)
+    finally:
+        for module in encoders:
+            module.to("cpu")
+    return CachedPairs(dataset, cache)
+
+
+def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
+    missing = [i for i in range(len(dataset)) if f"{row_key(dataset, i)} latents" not in cache]
+    missing.sort(key=lambda i: dataset.buckets[i])
+    progress = tqdm(total=len(missing), desc="encoding pictures", unit="row", disable=not missing)
+    for rows in _chunks(missing, _ROWS):
+        tensors: dict[str, torch.Tensor] = {}
+        for part in _chunks(rows, batch_size):
+            samples = []
+            for i in part:
+                try:
+                    samples.append((i, dataset.read(i)))
+                except BrokenRow as broken:
+                    dataset.note_broken(i, str(broken))
+            for name in ("", "ref_"):
+                for same in _same_size(
+                    [(i, s[f"{name}pixel_values"]) for i, s in samples if f"{name}pixel_values" in s]
+                ):
+                    pixels = torch.stack([p for _, p in same]).to(device, pipeline.vae.dtype)
+                    latents = pipeline.encode_pixels(pixels.div(127.5).sub(1)).to(dtype)
+                    tensors |= {
+                        f"{row_key(dataset, i)} {name}latents": z for (i, _), z in zip(same, latents, strict=True)
+                    }
+            tensors |= {f"{row_key(dataset, i)} mask": s["loss_mask"] for i, s in samples if "loss_mask" in s}
+            progress.update(len(part))
+        if tensors:
+            cache.add(tensors)
+    progress.close()
+
+
+def _add_texts(cache, prompts, pipeline, dtype, device, batch_size) -> None:
+    missing = [prompt for prompt in dict.fromkeys(prompts) if f"{text_key(prompt)} states" not in cache]
+    progress = tqdm(total=len(missing), desc="encoding texts", unit="text", disable=not missing)
+    for texts in _chunks(missing, _TEXTS):
+        tensors: dict[str, torch.Tensor] = {}
+        for part in _chunks(texts, batch_size):
+            states, _, pooled, _ = pipeline.encode_prompt(
+                part, None, None, device=device, do_classifier_free_guidance=False
+            )
+            for prompt, one_states, one_pooled in zip(part, states.to(dtype), pooled.to(dtype), strict=True):
+                tensors |= {f"{text_key(prompt)} states": one_states, f"{text_key(prompt)} pooled": one_pooled}
+            progress.update(len(part))
+        cache.add(tensors)
+    progress.close()
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _same_size(items: list[tuple[int, torch.Tensor]]) -> list[list[tuple[int, torch.Tensor]]]:
+    groups: dict[tuple, list] = {}
+    for item in items:
+        groups.setdefault(tuple(item[1].shape), []).append(item)
+    return list(groups.values())
+
+
+class CachedPairs(torch.utils.data.Dataset):
+    """Samples of a `PairDataset` with `latents`, `ref_latents` and `text` (states, pooled) out of a cache.
+
+    Rows that turned out broken while they were encoded are left out.
+    """
+
+    def __init__(self, dataset: PairDataset, cache: Cache):
+        self.pairs, self.cache = dataset, cache
+        self.rows = [i for i in range(len(dataset)) if f"{row_key(dataset, i)} latents" in cache]
+        self.is_edit = [dataset.is_edit[i] for i in self.rows]
+        self.buckets = [dataset.buckets[i] for i in self.rows]
+
+    @property
+    def empty_text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (L, D) and pooled (P,) of the empty prompt, for caption dropout."""
+        return self._text("")
+
+    def _text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(self.cache[f"{text_key(prompt)} {part}"].float() for part in ("states", "pooled"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        key, prompt = row_key(self.pairs, row), self.pairs.prompts[row]
+        sample = {"prompt": prompt, "text": self._text(prompt), "source_id": self.pairs.source_ids[row]}
+        sample["latents"] = self.cache[f"{key} latents"].float()
+        if self.is_edit[index]:
+            sample["ref_latents"] = self.cache[f"{key} ref_latents"].float()
+        if f"{key} mask" in self.cache:
+            sample["loss_mask"] = self.cache[f"{key} mask"].float()
+        return sample
