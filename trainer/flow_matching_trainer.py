@@ -34,6 +34,7 @@ from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .muon import MuonWithAdamW, is_block_matrix
 from .objective import contrastive_error, loss_weights, sample_sigmas, squared_error
+from .report import ReportCallback
 
 _STATE_FILE = "trainer_state.json"
 _BANDS = 4  # equal bands of sigma whose mean losses are reported
@@ -124,7 +125,7 @@ def scheduler_of(args: FlowMatchingConfig, scheduler) -> FlowMatchEulerDiscreteS
 
 
 class FlowMatchingTrainer(Trainer):
-    """`transformers.Trainer` for a Kontext pipeline: velocity loss, task batches, EMA, previews, export.
+    """`transformers.Trainer` for a Kontext pipeline: velocity loss, task batches, EMA, previews, report, export.
 
     Args:
         pipeline: the model; its transformer (and text encoder, if asked) is trained in place. What is trained is kept
@@ -176,6 +177,7 @@ class FlowMatchingTrainer(Trainer):
         )
         if self.ema is not None:
             self.add_callback(self.ema)
+        self.add_callback(ReportCallback())
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
 
