@@ -51,6 +51,6 @@ def check_replaceable(folder: Path) -> None:
     if ours or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.exists():
-        found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX}"
-        expected = "a new folder, an empty one, or an exported pipeline, which is replaced"
+        found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX} or {COMFYUI_LORA}"
+        expected = "a new folder, an empty one, or an exported pipeline or LoRA, which is replaced"
         raise InputError(f"output {folder}", found=found, expected=expected)

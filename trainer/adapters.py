@@ -48,10 +48,10 @@ def prepare(transformer: torch.nn.Module, trainable: str, peft_config: LoraConfi
     """
     transformer.requires_grad_(False)
     if peft_config is not None:
-        names = [name for name, _ in transformer.named_modules()]
+        names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         for target in peft_config.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                expected = "a module of the transformer, `attention` or `ff`"
+                expected = "a linear layer of the transformer, `attention` or `ff`"
                 raise InputError("lora_target_modules", found=repr(target), expected=expected)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

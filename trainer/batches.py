@@ -5,6 +5,7 @@ batches of one optimizer step are spread.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -12,19 +13,25 @@ import torch
 DRAW_SEED = "draw_seed"
 
 
+def derived_seed(seed: int, purpose: int) -> int:
+    """Return another seed, 0 to 2**63 - 1, whose random numbers have nothing to do with those of `seed`."""
+    return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
     """Yields draws `(index, seed)` in blocks of `block_size` of one task and one bucket.
 
-    Edits take `edit_ratio` of the blocks, evenly spread, so any run of blocks follows the ratio to within one. One
-    pass has as many blocks as the dataset fills. Each task is walked in a fresh random order, and walked again when it
-    runs out, so a small task repeats rather than ends the pass. What does not fill a block of its bucket is kept for
-    the next walk.
+    Blocks are one endless sequence, of which a pass is the next stretch, as long as the dataset fills. Edits take
+    `edit_ratio` of the blocks, evenly spread, so any run of blocks follows the ratio to within one. Each task is
+    walked in a fresh random order, and walked again when it runs out, so a small task repeats. What does not fill a
+    block of its bucket is kept for the next walk: rows of a bucket smaller than a block have their turn as often as
+    others.
 
     Args:
         is_edit: one bool for each sample.
         block_size: samples of one process's batch.
         edit_ratio: 0 to 1; ignored where the data has one task only.
-        seed: the same seed and pass give the same draws.
+        seed: the same seed gives the same sequence.
         buckets: what samples of one batch must share (their size), one for each sample; None for one size.
         num_processes: processes that take blocks in turn. Their tasks rotate, so that over several blocks each process
             has the same share of edits, which take longer. Draws of one turn are the same set for any number.
@@ -48,39 +55,38 @@ class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
             edit_ratio = 0.0
         elif not self.groups[False]:
             edit_ratio = 1.0
-        self.num_blocks = max(1, len(is_edit) // block_size)
+        # Whole turns, so that no process has a block more than another.
+        self.num_blocks = max(1, len(is_edit) // block_size // num_processes) * num_processes
         self.block_size, self.edit_ratio, self.seed, self.epoch = block_size, edit_ratio, seed, 0
         self.num_processes = num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass; the same epoch gives the same order."""
+        """Choose the pass; the same pass gives the same order, without the ones before it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_blocks * self.block_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        streams = {}
+        streams, starts = {}, {}
         for task, groups in self.groups.items():
             # A generator for each task: the draws of one do not depend on when the other's turn comes.
-            words = np.random.SeedSequence([self.seed, self.epoch, int(task)]).generate_state(2, np.uint64)
+            words = np.random.SeedSequence([self.seed, int(task)]).generate_state(2, np.uint64)
             generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-            streams[task] = self._draws(groups, generator, int(words[1] >> np.uint64(1)))
-        for task in self._tasks():
-            yield from next(streams[task])
+            streams[task], starts[task] = enumerate(self._blocks(groups, generator)), int(words[1] >> np.uint64(1))
+        first = self.epoch * self.num_blocks
+        for number, task in enumerate(islice(self._tasks(), first + self.num_blocks)):
+            place, block = next(streams[task])
+            if number >= first:
+                start = starts[task] + place * self.block_size
+                yield from ((index, (start + i) % 2**63) for i, index in enumerate(block.tolist()))
 
     def _tasks(self) -> Iterator[bool]:
-        for turn, first in enumerate(range(0, self.num_blocks, self.num_processes)):
-            blocks = range(first, min(first + self.num_processes, self.num_blocks))
+        for turn in count():
+            blocks = range(turn * self.num_processes, (turn + 1) * self.num_processes)
             tasks = [int((b + 1) * self.edit_ratio) > int(b * self.edit_ratio) for b in blocks]
-            rotation = turn % len(tasks)
+            rotation = turn % self.num_processes
             yield from tasks[rotation:] + tasks[:rotation]
-
-    def _draws(self, groups: list[torch.Tensor], generator: torch.Generator, start: int):
-        count = 0
-        for block in self._blocks(groups, generator):
-            yield [(index, (start + count + i) % 2**63) for i, index in enumerate(block.tolist())]
-            count += self.block_size
 
     def _blocks(self, groups: list[torch.Tensor], generator: torch.Generator) -> Iterator[torch.Tensor]:
         left = [group[:0] for group in groups]

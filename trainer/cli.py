@@ -160,7 +160,7 @@ def _profiles() -> str:
 
 
 def _launch(config: str, num_processes: int | None, argv: list[str]) -> int:
-    """Start the processes by `accelerate launch`; returns the status of the first that failed, else 0."""
+    """Start the processes by `accelerate launch` and return its status: 0, or 1 where one of them failed."""
     if config in ACCELERATE_CONFIGS:
         path = Path(__file__).resolve().parent / "configs" / "accelerate" / f"{config}.yaml"
     else:

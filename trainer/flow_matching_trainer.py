@@ -10,6 +10,7 @@ be learned, `source_id` (int), the same for samples that contrastive training mu
 
 import json
 import shutil
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..core.errors import InputError
 from ..core.files import cannot_write, check_replaceable
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, interpolate, resolution_shift
 from .adapters import prepare, save_lora
-from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler
+from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
 from .ema import EMA_FILE, EMACallback
 from .flow_matching_config import FlowMatchingConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
@@ -37,6 +38,7 @@ from .objective import contrastive_error, loss_weights, sample_sigmas, squared_e
 from .report import ReportCallback
 
 _STATE_FILE = "trainer_state.json"
+_DROPOUT, _NOISE = 1, 2  # purposes of the seeds derived from a draw's
 _BANDS = 4  # equal bands of sigma whose mean losses are reported
 
 
@@ -157,6 +159,10 @@ class FlowMatchingTrainer(Trainer):
                 expected="false",
                 remedy="Only the micro model's text encoder is trained; published ones stay frozen.",
             )
+        if peft_config is not None and (args.train_text_encoder or args.trainable != "full"):
+            found = "train_text_encoder" if args.train_text_encoder else f"trainable: {args.trainable}"
+            expected = "LoRAs alone; the parts that get them are named in lora_target_modules"
+            raise InputError("use_peft", found=f"{found} too", expected=expected)
         self.pipeline, self.previews = pipeline, previews
         pipeline.scheduler = scheduler_of(args, pipeline.scheduler)
         pipeline.vae.requires_grad_(False)
@@ -189,7 +195,7 @@ class FlowMatchingTrainer(Trainer):
         what the loss draws noise and sigmas from.
         """
         seed = samples[0].get(DRAW_SEED, 0)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(derived_seed(seed, _DROPOUT))
         kind = "latents" if "latents" in samples[0] else "pixel_values"
         is_edit = f"ref_{kind}" in samples[0]
         dropout = self.args.edit_caption_dropout if is_edit else self.args.caption_dropout
@@ -214,7 +220,9 @@ class FlowMatchingTrainer(Trainer):
         if self.args.contrastive_weight:
             ids = [s.get("source_id", -1 - i) for i, s in enumerate(samples)]  # without an id each stands for itself
             batch["source_ids"] = torch.tensor(ids)
-        batch["seed"] = seed
+        for sample in samples:
+            batch.setdefault("broken", {}).update(sample.get("broken", {}))
+        batch["seed"] = derived_seed(seed, _NOISE)
         return batch
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -254,6 +262,8 @@ class FlowMatchingTrainer(Trainer):
         With `contrastive_weight` the distance to other samples' velocities is subtracted (arXiv 2506.05350).
         """
         args = self.args
+        for row, reason in inputs.get("broken", {}).items():  # counted here, as loaders may be processes of their own
+            self.train_dataset.note_broken(row, reason)
         latents, reference = self._latents(inputs, "latents"), self._latents(inputs, "ref_latents")
         # Drawn on the CPU from the batch's own seed: the same on any device and any number of processes.
         generator = torch.Generator().manual_seed(inputs["seed"])
@@ -462,8 +472,13 @@ class _PreviewCallback(TrainerCallback):
             if trainer.ema is not None:
                 trainer.ema.swap_in(model)
             model.eval()
+            types = {module.dtype for module in (trainer.pipeline.transformer, *helpers)}
             try:
-                grid = trainer.previews(trainer.pipeline, state.global_step)
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=len(types) > 1):
+                    grid = trainer.previews(trainer.pipeline, state.global_step)
+            except RuntimeError as error:  # such as too little memory: no reason to lose a run
+                sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
+                return
             finally:
                 model.train()
                 if trainer.ema is not None:

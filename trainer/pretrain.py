@@ -1,8 +1,9 @@
 """`unipic2 train pretrain`: flow-matching pretraining from a YAML file and flags."""
 
 import difflib
+import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from ..core.errors import InputError
-from ..core.files import check_replaceable
+from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
 from .data.cache import CachedPairs, build_cache
@@ -25,6 +26,7 @@ from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
 
 MICRO = "micro"
+_IDENTITY = "run.json"
 
 
 @dataclass
@@ -89,6 +91,8 @@ class PretrainArguments:
     )
 
     def __post_init__(self):
+        if not 0 <= self.max_broken <= 1:
+            raise InputError("max_broken", found=self.max_broken, expected="a share from 0 to 1")
         if self.cache_dtype not in EXPORT_DTYPES:
             expected = f"one of {', '.join(EXPORT_DTYPES)}"
             raise InputError("cache_dtype", found=repr(self.cache_dtype), expected=expected)
@@ -159,7 +163,7 @@ def _suggest(message: str) -> str | None:
 
 
 def load_pipeline(name: str, args: FlowMatchingConfig, lora: bool) -> StableDiffusion3KontextPipeline:
-    """Load the model: what is trained in float32; under `bf16` on a GPU what stays frozen in bfloat16.
+    """Load the model: under `bf16` on a GPU in bfloat16, but for what is trained and the rest of its model in float32.
 
     Raises:
         InputError: see `StableDiffusion3KontextPipeline.from_pretrained`.
@@ -189,7 +193,15 @@ def load_dataset(
         open_source(name, script_args.image_root, script_args.dataset_split, **columns)
         for name in script_args.dataset_name
     ]
+    if args.unmasked_weight == 1:
+        sources = [replace(source, columns=replace(source.columns, mask=None)) for source in sources]
     buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
+    most = pipeline.transformer.config.pos_embed_max_size * pipeline.patch_size * pipeline.vae_scale_factor
+    longest = max(max(size) for size in buckets)
+    if longest > most:
+        found = f"buckets of up to {longest} pixels"
+        remedy = "Lower it, or max_aspect."
+        raise InputError("resolution", found=found, expected=f"at most {most}, the model's positions", remedy=remedy)
     dataset = PairDataset(sources, buckets, script_args.max_broken, script_args.preprocessing_num_workers)
     sys.stderr.write(f"{dataset.summary()}\n")
     if script_args.cache_dir is None:
@@ -213,11 +225,15 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     output_dir = Path(args.output_dir)
     check_replaceable(output_dir / "export")
     checkpoint = last_checkpoint(output_dir, args.use_ema) if script_args.resume else None
+    if not script_args.resume and last_checkpoint(output_dir, args.use_ema) is not None:
+        remedy = "`resume: true` goes on with it; or name another folder."
+        raise InputError(f"output_dir {output_dir}", found="checkpoints of an earlier run", remedy=remedy)
     if script_args.resume:
         start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
         sys.stderr.write(f"{output_dir}: training goes on {start}\n")
     pipeline = load_pipeline(script_args.model_name_or_path, args, lora=peft_config is not None)
     dataset = load_dataset(script_args, args, pipeline)
+    _check_identity(script_args, args, len(dataset), resumed=checkpoint is not None)
     if isinstance(dataset, MicroDataset):
         previews = micro_previews(args)
     else:
@@ -226,6 +242,34 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.export(output_dir / "export")
     return output_dir / "export"
+
+
+def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, rows: int, resumed: bool) -> None:
+    """Keep in `output_dir` what makes a run the run it is, and compare it where one goes on.
+
+    Raises:
+        InputError: the checkpoints are of a run on other data, of another seed or other batches.
+    """
+    identity = {
+        "model_name_or_path": script_args.model_name_or_path,
+        "dataset_name": script_args.dataset_name,
+        "rows": rows,
+        "seed": args.seed,
+        "edit_ratio": args.edit_ratio,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "batches of a step": args.gradient_accumulation_steps * args.world_size,
+    }
+    path = Path(args.output_dir) / _IDENTITY
+    if resumed and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if kept.get(name) != value:
+                remedy = "Name another output_dir, or take this run's own settings."
+                found, expected = f"{value}", f"{kept.get(name)}, with which {path.parent} was begun"
+                raise InputError(f"{name} of a resumed run", found=found, expected=expected, remedy=remedy)
+    elif args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(identity, indent=2) + "\n")
 
 
 def cache(argv: list[str]) -> int:

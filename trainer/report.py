@@ -1,4 +1,4 @@
-"""A training run as one HTML file: curves, preview grids, settings, environment. It needs no network and no other file."""
+"""A training run as one HTML file that stands alone: curves, preview grids, settings, environment."""
 
 import base64
 import html

@@ -61,9 +61,10 @@ def test_numbers_that_cannot_be(field, values):
         lora_config(*values)
 
 
-def test_a_target_that_is_not_there(small):
-    with pytest.raises(InputError, match="lora_target_modules: found 'to_z'"):
-        prepare(small.transformer, "full", lora_config(4, 4, 0.0, ["to_q", "to_z"]), seed=0)
+@pytest.mark.parametrize("target", ["to_z", "attn"])
+def test_a_target_that_is_no_layer(small, target):
+    with pytest.raises(InputError, match=f"lora_target_modules: found '{target}'"):
+        prepare(small.transformer, "full", lora_config(4, 4, 0.0, ["to_q", target]), seed=0)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The sampler: one task and one size in a block, the asked ratio, and draws that do not depend on the processes."""
 
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
@@ -76,12 +75,26 @@ def test_blocks_hold_one_size_and_every_sample_has_its_turn():
     buckets = ["wide"] * 21 + ["tall"] * 17 + ["square"] * 2 + ["wide"] * 13 + ["tall"] * 11
     sampler = TaskBlockSampler(is_edit, 4, 0.5, seed=0, buckets=buckets)
     counts = Counter()
-    for block in islice(sampler._blocks(sampler.groups[False], torch.Generator().manual_seed(0)), 100):
-        assert len({buckets[i] for i in block.tolist()}) == 1
-        counts.update(block.tolist())
-    assert set(counts) == set(range(40)) and max(counts.values()) - min(counts.values()) <= 2
-    for block in blocks_of(sampler):
-        assert len({(is_edit[i], buckets[i]) for i in indices(block)}) == 1
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        for block in blocks_of(sampler):
+            assert len({(is_edit[i], buckets[i]) for i in indices(block)}) == 1
+            counts.update(indices(block))
+    for task in (range(40), range(40, 64)):
+        drawn = [counts[i] for i in task]
+        assert min(drawn) >= 25 and max(drawn) - min(drawn) <= 4, drawn
+
+
+def test_a_pass_goes_on_where_the_last_one_ended():
+    """Two passes of a small dataset are one pass of one twice as long, so nothing is lost between them."""
+    is_edit = [False] * 7 + [True] * 5
+    short, seen = TaskBlockSampler(is_edit, 4, 0.5, seed=0), []
+    for epoch in range(6):
+        short.set_epoch(epoch)
+        seen += list(short)
+    whole = TaskBlockSampler(is_edit, 4, 0.5, seed=0)
+    whole.num_blocks = 6 * short.num_blocks
+    assert seen == list(whole)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7])

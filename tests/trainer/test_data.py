@@ -168,6 +168,8 @@ def test_rows_that_are_broken(tmp_path):
         ({"prompt": "a", "image": "text.png"}, "text.png: cannot identify"),
         ({"prompt": "  ", "image": "good.png"}, "no text in prompt"),
         ({"prompt": "a", "image": None}, "no picture in image"),
+        ({"prompt": "a", "image": "iVBORw0KGgo" * 1000}, "no file .{190,210}$"),
+        ({"prompt": "a", "image": "a\0b"}, "no file"),
         ({"prompt": "a", "image": ["good.png", "good.png"]}, "2 pictures in image, one is supported"),
     ]
     for row, said in cases:
@@ -273,10 +275,11 @@ def test_broken_rows_are_left_out_and_counted(tmp_path, capsys):
     assert len(dataset) == 11 and list(dataset.broken) == [(1, 2)]
     index = dataset.places.index((1, 4))
     replaced = dataset[index]
-    assert replaced["prompt"] == "picture 5" and len(dataset.broken) == 2
-    assert "left out row 4 of" in capsys.readouterr().err
-    assert torch.equal(dataset[index]["pixel_values"], replaced["pixel_values"])
-    assert not capsys.readouterr().err, "said once"
+    assert replaced["prompt"] == "picture 5" and len(dataset.broken) == 1
+    assert list(replaced["broken"]) == [index] and "p4.png" in replaced["broken"][index]
+    for _ in range(2):
+        dataset.note_broken(index, replaced["broken"][index])
+    assert list(dataset.broken) == [(1, 2), (1, 4)] and capsys.readouterr().err.count("left out row 4 of") == 1
     with pytest.raises(InputError, match="1 broken rows of 12, such as row 2 of .*p.jsonl: no file"):
         PairDataset(sources, aspect_buckets(64, max_aspect=3))
 
@@ -286,8 +289,46 @@ def test_training_stops_when_pictures_turn_out_broken(tmp_path):
     for i in range(6):
         (tmp_path / f"p{i}.png").write_bytes(png(40 + i, (64, 96))[:200])
     dataset = PairDataset(sources, aspect_buckets(64, max_aspect=3), max_broken=0.2)
+    dataset.note_broken(6, "cut off")
+    dataset.note_broken(7, "cut off")
     with pytest.raises(InputError, match="3 broken rows of 12"):
+        dataset.note_broken(8, "cut off")
+    with pytest.raises(InputError, match="no whole row of 64x64"):
         dataset[len(dataset) - 1]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_folder_of_splits(tmp_path, suffix):
+    """As a dataset's hub repository looks when it is downloaded."""
+    for name, count in (("train-00000", 3), ("train-00001", 2), ("test-00000", 4)):
+        rows = [{"prompt": f"{name} {i}", "image": "a.png"} for i in range(count)]
+        if suffix == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+        else:
+            write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    assert len(open_source(str(tmp_path)).rows) == 5
+    assert len(open_source(str(tmp_path), split="test").rows) == 4
+    with pytest.raises(InputError, match="dataset_split dev of .*: found files of test, train"):
+        open_source(str(tmp_path), split="dev")
+
+
+def test_names_of_pictures_are_no_splits(tmp_path):
+    folder = tmp_path / "pictures"
+    rows = [{"file_name": name, "text": name} for name in ("train_station.png", "test.png", "sub/val_1.png")]
+    for i, row in enumerate(rows):
+        save(folder / row["file_name"], i)
+    write_jsonl(folder / "metadata.jsonl", rows)
+    assert sorted(open_source(str(folder)).rows["text"]) == sorted(row["text"] for row in rows)
+
+
+def test_a_rotated_tiff_is_measured_as_it_is_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, (96, 64)).save(tmp_path / "a.tif", exif=exif)
+    source = open_source(write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "image": "a.tif"}]))
+    width, height = read_pair(source.rows[0], source.columns, source.root).target.size
+    buckets = aspect_buckets(64, max_aspect=4)
+    assert (width, height) == (64, 96) and PairDataset([source], buckets).buckets == [nearest_bucket(64, 96, buckets)]
 
 
 # The check

@@ -243,7 +243,7 @@ def test_twelve_steps_reduce_the_loss(make_trainer):
     trainer = make_trainer(max_steps=12, learning_rate=3e-3, lr_scheduler_type="constant", **dropout)
     before, start = loss_on_fixed_noise(trainer), weights(trainer)
     trainer.train()
-    assert loss_on_fixed_noise(trainer) < 0.8 * before
+    assert loss_on_fixed_noise(trainer) < 0.85 * before
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 12 and any("loss/t2i" in h for h in history) and any("loss/edit" in h for h in history)
     assert all(h["samples_per_second"] > 0 and h["tokens_per_second"] > 0 for h in history)

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from unipic2.core.errors import InputError
-from unipic2.trainer import FlowMatchingConfig, StableDiffusion3KontextPipeline
-from unipic2.trainer.pretrain import parse, pretrain
-from unipic2.trainer.previews import micro_previews
+from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
+from unipic2.trainer.pretrain import load_dataset, parse, pretrain
+from unipic2.trainer.previews import micro_previews, pair_previews
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,51 @@ def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline
         (["--resolution", "100"], "resolution: found 100, expected a multiple of 32"),
         (["--use_peft", "--lora_r", "0"], "lora_r: found 0"),
         (["--use_peft", "--lora_target_modules", "to_z"], "lora_target_modules: found 'to_z'"),
+        (["--use_peft", "--trainable", "attention"], "use_peft: found trainable: attention too, expected LoRAs alone"),
+        (["--use_peft", "--train_text_encoder"], "use_peft: found train_text_encoder too"),
+        (["--resolution", "512"], "resolution: found buckets of up to 672 pixels, expected at most 192"),
+        (["--max_broken", "-1"], "max_broken: found -1.0, expected a share from 0 to 1"),
         (["--trainable", "head"], "trainable: found 'head', expected one of full, attention"),
     ],
 )
 def test_what_cannot_be_trained(tmp_path, make_small_pipeline, pairs, flags, said):
     with pytest.raises(InputError, match=said):
         run(tmp_path, make_small_pipeline, pairs, *flags)
+
+
+def test_a_run_is_not_mixed_up_with_another(tmp_path, make_small_pipeline, pairs):
+    flags = ["--preview_steps", "0", "--save_strategy", "steps", "--save_steps", "2"]
+    run(tmp_path, make_small_pipeline, pairs, *flags)
+    with pytest.raises(InputError, match="output_dir .*: found checkpoints of an earlier run.*resume: true"):
+        run(tmp_path, make_small_pipeline, pairs, *flags)
+    with pytest.raises(InputError, match="seed of a resumed run: found 9, expected 42"):
+        run(tmp_path, make_small_pipeline, pairs, *flags, "--resume", "--seed", "9")
+    with pytest.raises(InputError, match="rows of a resumed run|dataset_name of a resumed run"):
+        run(tmp_path, make_small_pipeline, pairs[:1], *flags, "--resume")
+    with pytest.raises(InputError, match="found other weights than those that are trained now"):
+        run(tmp_path, make_small_pipeline, pairs, *flags, "--resume", "--trainable", "attention", "--max_steps", "6")
+    run(tmp_path, make_small_pipeline, pairs, *flags, "--resume", "--max_steps", "6")
+
+
+def test_pictures_that_break_late_are_counted_in_the_main_process(tmp_path, make_small_pipeline, pairs, capfd):
+    for i in range(3):
+        path = tmp_path / f"c{i}.png"
+        path.write_bytes(path.read_bytes()[:300])
+    flags = ["--preview_steps", "0", "--save_strategy", "no", "--dataloader_num_workers", "1", "--max_steps", "12"]
+    with pytest.raises(InputError, match="training data: found 2 broken rows of 16"):
+        run(tmp_path, make_small_pipeline, pairs, *flags, "--max_broken", "0.1")
+    assert capfd.readouterr().err.count("left out row") == 2
+
+
+def test_previews_of_mixed_types(tmp_path, make_small_pipeline, pairs):
+    """As on a GPU under bf16: frozen parts in bfloat16, the trained transformer in float32."""
+    pipe = make_small_pipeline()
+    argv = ["--model_name_or_path", "m", "--dataset_name", *pairs, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    argv += ["--resolution", "64", "--max_steps", "2", "--preview_steps", "2", "--preview_inference_steps", "1"]
+    argv += ["--bf16", "--report_to", "none", "--save_strategy", "no", "--per_device_train_batch_size", "2"]
+    script_args, args = parse(argv)
+    dataset = load_dataset(script_args, args, pipe)
+    pipe.vae.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    FlowMatchingTrainer(pipe, args, dataset, previews=pair_previews(dataset, args)).train()
+    assert (tmp_path / "run/previews/step_000002.png").is_file()

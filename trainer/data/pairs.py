@@ -22,7 +22,7 @@ class PairDataset(torch.utils.data.Dataset):
     and mask alike. Masks are floats (1, height / 8, width / 8) in 0..1.
 
     Rows that headers show to be broken are left out at once. One that turns out so later is replaced by its neighbour
-    in the same bucket, and counted.
+    in the same bucket, whose sample says so under `broken`, for `note_broken`.
 
     Args:
         sources: opened datasets, mixed.
@@ -87,13 +87,16 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         group = self.groups[self.is_edit[index], self.buckets[index]]
         first = bisect_left(group, index)
+        broken: dict[int, str] = {}
         for offset in range(len(group)):
             index = group[(first + offset) % len(group)]
             try:
-                return self.read(index)
-            except BrokenRow as broken:
-                self.note_broken(index, str(broken))
-        raise InputError("training data", found=f"no whole row of {self.buckets[index]} pixels left")
+                sample = self.read(index)
+            except BrokenRow as error:
+                broken[index] = str(error)
+            else:
+                return {**sample, "broken": broken} if broken else sample
+        raise InputError("training data", found="no whole row of {}x{} pixels left".format(*self.buckets[index]))
 
     def read(self, index: int) -> dict:
         """Return a row's own sample.

@@ -7,6 +7,7 @@ read is a `BrokenRow` with a reason, never a crash of a run that was going well.
 import difflib
 import hashlib
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 """Names of the one picture of a text-to-image row, where there is no column of `TARGET_COLUMNS`."""
 MASK_COLUMNS = ("mask", "mask_img", "mask_image")
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])", re.IGNORECASE)
 _ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _EXIF_ORIENTATION = 0x0112
 
@@ -76,18 +78,14 @@ class Source:
     def map(self, function, what: str, num_proc: int | None) -> datasets.Dataset:
         """Return what `function(row, columns, root)` says of each row, computed in `num_proc` processes.
 
-        `datasets` keeps results under a fingerprint of the rows, so a second run reads them; but not where pictures
-        are files beside the rows, which may have changed since.
+        What `datasets` kept of an earlier run is not used: it knows neither the files beside the rows nor our code.
         """
-        picture = self.rows[0][self.columns.target]
-        picture = picture[0] if isinstance(picture, list) and picture else picture
-        inside = isinstance(picture, dict) and picture.get("bytes") is not None
         return self.rows.map(
             function,
             fn_kwargs={"columns": self.columns, "root": self.root},
             remove_columns=self.rows.column_names,
             num_proc=num_proc if num_proc and num_proc > 1 else None,
-            load_from_cache_file=inside,
+            load_from_cache_file=False,
             desc=f"{what} of {self.name}",
         )
 
@@ -144,9 +142,9 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
     path = Path(name)
     try:
         if path.exists():
-            loader, files = _files_of(path)
-            kwargs = {"data_dir": str(path)} if loader == "imagefolder" else {"data_files": [str(f) for f in files]}
-            rows = datasets.load_dataset(loader, split=split, **kwargs)
+            loader, files = _files_of(path, split)
+            # Named as one split: by themselves the library's loaders guess splits from parts of names.
+            rows = datasets.load_dataset(loader, split="train", data_files={"train": [str(f) for f in files]})
         elif path.is_absolute() or len(path.parts) != 2 or path.suffix in _LOADERS:
             raise InputError(f"dataset {name}", found="no such file or folder", expected=", ".join(_LOADERS))
         else:
@@ -166,17 +164,22 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
     return Source(name, rows, find_columns(rows.column_names, name, **columns), root)
 
 
-def _files_of(path: Path) -> tuple[str, list[Path]]:
+def _files_of(path: Path, split: str) -> tuple[str, list[Path]]:
+    """Return the loader's name and the files of a split: those of a folder whose names begin with it, if any do."""
     if path.is_file():
         if path.suffix.lower() not in _LOADERS:
             expected = f"a file of {', '.join(_LOADERS)}, or a folder"
             raise InputError(f"dataset {path}", found=f"a {path.suffix or 'nameless'} file", expected=expected)
         return _LOADERS[path.suffix.lower()], [path]
     for suffix in (".parquet", ".tar", ".jsonl"):
-        files = sorted(f for f in path.rglob(f"*{suffix}") if f.name != "metadata.jsonl")
+        files = sorted(f for f in path.rglob(f"*{suffix}") if f.stem != "metadata")
+        splits = {file: match[1].lower() for file in files if (match := _SPLIT.match(file.name))}
+        if splits and split not in splits.values():
+            found = f"files of {', '.join(sorted(set(splits.values())))}"
+            raise InputError(f"dataset_split {split} of {path}", found=found, expected=f"{split}-...{suffix}")
         if files:
-            return _LOADERS[suffix], files
-    return "imagefolder", []
+            return _LOADERS[suffix], [file for file in files if not splits or splits.get(file) == split]
+    return "imagefolder", [file for file in sorted(path.rglob("*")) if file.is_file()]
 
 
 def _undecoded(feature):
@@ -217,9 +220,12 @@ def picture_of(value, column: str, root: Path):
     if isinstance(value, bytes):
         return io.BytesIO(value), column
     path = root / str(value)
-    if not path.is_file():
-        raise BrokenRow(f"no file {path}")
-    return path, str(path)
+    try:
+        if path.is_file():
+            return path, str(path)
+    except (OSError, ValueError):  # a name too long, a zero byte in it: no path at all
+        pass
+    raise BrokenRow(f"no file {str(path)[:200]}")
 
 
 def _open(value, column: str, root: Path) -> Image.Image | None:
@@ -228,10 +234,16 @@ def _open(value, column: str, root: Path) -> Image.Image | None:
         return None
     try:
         return to_rgb(ImageOps.exif_transpose(Image.open(found[0])), found[1])[0]
-    except Image.DecompressionBombError:
-        raise BrokenRow(f"{found[1]}: too many pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
-        raise BrokenRow(f"{found[1]}: {' '.join(str(error).split())[:200]}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds
+        raise BrokenRow(_reason(found[1], error)) from None
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{name}: too many pixels"
+    return f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}"
 
 
 def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
@@ -282,11 +294,11 @@ def _size(where, name: str) -> tuple[int, int]:
             width, height = image.size
             # Asked for EXIF that is not in its head, Pillow decodes a whole PNG to look behind the picture.
             exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            rotated = exif.get(_EXIF_ORIENTATION) in _ROTATED
-    except Image.DecompressionBombError:
-        raise BrokenRow(f"{name}: too many pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BrokenRow(f"{name}: {' '.join(str(error).split())[:200]}") from None
+            rotated = image.format != "TIFF" and exif.get(_EXIF_ORIENTATION) in _ROTATED  # Pillow turns TIFFs itself
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BrokenRow(_reason(name, error)) from None
     if not width or not height:
         raise BrokenRow(f"{name}: {width}x{height} pixels")
     return (height, width) if rotated else (width, height)
