@@ -24,6 +24,7 @@ from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
+from .stages import read_stages, run_stages
 
 MICRO = "micro"
 _IDENTITY = "run.json"
@@ -286,6 +287,7 @@ def cache(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train pretrain`."""
-    folder = pretrain(*parse(argv))
+    stages = read_stages(argv)
+    folder = pretrain(*parse(argv)) if stages is None else run_stages(argv, stages, parse, pretrain)
     sys.stdout.write(f"{folder}\n")
     return 0

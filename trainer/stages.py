@@ -1,0 +1,105 @@
+"""Training in stages, such as growing resolution: a list in one YAML, run one after another.
+
+Each stage is a run of its own in `output_dir/stage-N`, with the settings of the file and on top of them its own. It
+starts from the weights that the stage before exported (in float32, so that nothing is lost in between). What the last
+one exports is the result, in `output_dir/export`.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from ..core.errors import InputError
+from ..core.files import PIPELINE_INDEX, check_replaceable
+
+_KEY = "stages"
+_OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
+"""Settings that belong to the whole run."""
+
+
+def read_stages(argv: list[str]) -> list[dict] | None:
+    """Return the stages of the file after `--config`, or None where it has none.
+
+    Raises:
+        InputError: `stages` is no list of mappings, or a stage sets what belongs to the whole run.
+    """
+    content = _config(argv)
+    if _KEY not in content:
+        return None
+    stages = content[_KEY]
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and s for s in stages):
+        expected = "a list of mappings, such as [{resolution: 256, max_steps: 900}, {resolution: 512, max_steps: 300}]"
+        raise InputError(_KEY, found=repr(stages), expected=expected)
+    for number, stage in enumerate(stages):
+        wrong = [key for key in stage if key in _OF_THE_RUN]
+        if wrong:
+            remedy = "Set it once for the whole run."
+            raise InputError(f"{_KEY}[{number}]", found=", ".join(wrong), expected="other settings", remedy=remedy)
+    if content.get("use_peft"):
+        remedy = "Train the LoRA in one run at the last resolution."
+        raise InputError(_KEY, found="use_peft too", expected="training of full weights", remedy=remedy)
+    return stages
+
+
+def _config(argv: list[str]) -> dict:
+    """Return the content of the config file, {} where there is none or it is wrong, which parsing then says."""
+    try:
+        path = Path(argv[argv.index("--config") + 1])
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, IndexError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run_stages(argv: list[str], stages: list[dict], parse, run) -> Path:
+    """Run all stages; a stage that is done is passed over under `resume`.
+
+    Args:
+        argv: flags of the whole run, with `--config FILE`.
+        stages: from `read_stages`.
+        parse: reads flags, see `pretrain.parse`. All stages are parsed before the first one runs.
+        run: trains and exports one stage, see `pretrain.pretrain`.
+
+    Returns:
+        The folder of the exported pipeline.
+
+    Raises:
+        InputError: from `parse` and `run`, and where `output_dir/export` holds something else.
+    """
+    common = {key: value for key, value in _config(argv).items() if key != _KEY}
+    place = argv.index("--config") + 1
+    output_dir, parsed = None, []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, stage in enumerate(stages):
+            path = Path(folder) / f"stage-{number + 1}.yaml"
+            path.write_text(yaml.safe_dump({**common, **stage}), encoding="utf-8")
+            flags = [*argv[:place], str(path), *argv[place + 1 :]]
+            try:
+                output_dir = output_dir or Path(parse(flags)[1].output_dir)
+                flags += ["--output_dir", str(output_dir / f"stage-{number + 1}")]
+                if number:
+                    flags += ["--model_name_or_path", str(output_dir / f"stage-{number}" / "export")]
+                if number + 1 < len(stages):
+                    flags += ["--export_dtype", "float32"]
+                parsed.append(parse(flags))
+            except InputError as error:
+                raise InputError(f"{_KEY}[{number}]: {str(error).rstrip('.')}") from None
+    export = output_dir / "export"
+    check_replaceable(export)
+    for number, (script_args, args) in enumerate(parsed, start=1):
+        last = Path(args.output_dir) / "export"
+        if script_args.resume and (last / PIPELINE_INDEX).is_file():
+            sys.stderr.write(f"[stage {number} of {len(parsed)}] done before\n")
+        else:
+            sys.stderr.write(f"[stage {number} of {len(parsed)}] starts\n")
+            run(script_args, args)
+    if parsed[-1][1].process_index == 0:
+        unfinished = export.with_name(".export.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(last, unfinished)
+        shutil.rmtree(export, ignore_errors=True)
+        unfinished.rename(export)
+    return export
