@@ -66,7 +66,7 @@ def save_lora(pipeline, folder: Path, metadata: dict[str, str] | None = None) ->
     """Write a transformer's LoRA to `folder`: one file for diffusers and PEFT, one for ComfyUI's LoRA loaders.
 
     They hold the same weights. ComfyUI reads the scale from `.alpha` tensors and would take 1 without them; diffusers
-    reads it from the metadata and refuses such tensors.
+    reads it from the metadata and refuses such tensors. `metadata` is added to ComfyUI's file.
 
     Raises:
         InputError: the files cannot be written.
@@ -82,4 +82,5 @@ def save_lora(pipeline, folder: Path, metadata: dict[str, str] | None = None) ->
         if key.endswith(".lora_A.weight"):
             alpha = torch.tensor(float(config.lora_alpha))
             tensors[f"transformer.{key.removesuffix('.lora_A.weight')}.alpha"] = alpha
-    save_tensors(tensors, folder / COMFYUI_LORA, metadata)
+    scale = {"unipic2.lora_r": str(config.r), "unipic2.lora_alpha": str(config.lora_alpha)}
+    save_tensors(tensors, folder / COMFYUI_LORA, {**scale, **(metadata or {})})

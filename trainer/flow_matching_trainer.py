@@ -408,7 +408,8 @@ class FlowMatchingTrainer(Trainer):
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             if self.peft_config is not None:
-                save_lora(self.pipeline, unfinished)
+                method = {"unipic2.method": "flow matching", "unipic2.step": str(self.state.global_step)}
+                save_lora(self.pipeline, unfinished, method)
             else:
                 self.pipeline.save_pretrained(unfinished, safe_serialization=True)
             for file in unfinished.rglob("*.safetensors"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from unipic2.core.checkpoint import read_header
 from unipic2.core.errors import InputError
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
 from unipic2.trainer.pretrain import load_dataset, parse, pretrain
@@ -58,6 +59,23 @@ def test_the_shipped_config_parses(config_file):
     argv = config_file("")
     _, args = parse(["--config", str(path), *argv[2:], "--model_name_or_path", "m"])
     assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.35
+
+
+@pytest.mark.parametrize("name", ["pretrain_sd35m_lora", "pretrain_sd35m_full"])
+def test_the_configs_for_published_checkpoints_parse(name, tmp_path, monkeypatch):
+    """Up to the data, which they leave to the user."""
+    from unipic2.trainer import pretrain
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "load_pipeline", lambda name, args, lora: (name, args, lora))
+    reached = []
+    monkeypatch.setattr(pretrain, "load_dataset", lambda *given: reached.append(given) or 1 / 0)
+    path = pretrain.Path(pretrain.__file__).parent / "configs" / f"{name}.yaml"
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(["--config", str(path), "--use_cpu"])
+    script_args, args, (model, _, lora) = reached[0]
+    assert model == "Skywork/UniPic2-SD3.5M-Kontext-2B" and lora == name.endswith("lora")
+    assert args.bf16 and args.gradient_checkpointing and script_args.cache_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +181,12 @@ def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline
     assert sorted(p.name for p in export.iterdir()) == ["comfyui_lora.safetensors", "pytorch_lora_weights.safetensors"]
     whole = load_file(export / "comfyui_lora.safetensors")
     assert any(whole[key].abs().max() > 0 for key in whole if "lora_B" in key)
+    said = read_header(export / "comfyui_lora.safetensors").metadata
+    assert said == {
+        "format": "pt", "unipic2.method": "flow matching", "unipic2.step": "4", "unipic2.lora_r": "2",
+        "unipic2.lora_alpha": "32",
+    }  # fmt: skip
+    assert {t.dtype for t in whole.values()} == {torch.float16}, "export_dtype is the LoRA's, too"
     saved = load_file(tmp_path / "run/checkpoint-4/model.safetensors")
     assert saved and all("lora_" in key for key in saved)
     for name in ("checkpoint-4", "export"):
