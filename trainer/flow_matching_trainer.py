@@ -140,7 +140,8 @@ class FlowMatchingTrainer(Trainer):
         peft_config: train LoRAs with these settings instead of `args.trainable`.
 
     Raises:
-        InputError: several text encoders to train, or LoRA targets that the transformer does not have.
+        InputError: several text encoders to train, LoRA beside other trained weights, or LoRA targets that the
+            transformer does not have.
     """
 
     def __init__(
@@ -191,8 +192,8 @@ class FlowMatchingTrainer(Trainer):
         """Stack samples of one task and size; some prompts are dropped to the empty one, some references left out.
 
         Prompts become token ids (B, L) where the text encoder is trained, ready states and pooled text where samples
-        bring them as `text`, and else stay words for the frozen encoders. `seed` is
-        what the loss draws noise and sigmas from.
+        bring them as `text`, and else stay words for the frozen encoders. `seed` is what the loss draws noise and
+        sigmas from.
         """
         seed = samples[0].get(DRAW_SEED, 0)
         generator = torch.Generator().manual_seed(derived_seed(seed, _DROPOUT))
@@ -295,7 +296,7 @@ class FlowMatchingTrainer(Trainer):
             return inputs.get(name)
         vae = self.pipeline.vae.to(pixels.device)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return self.pipeline.encode_pixels(pixels.to(vae.dtype).div(127.5).sub(1)).float()
+            return self.pipeline.encode_pixels(pixels.float().div(127.5).sub(1).to(vae.dtype)).float()
 
     def _note(self, errors: torch.Tensor, sigmas: torch.Tensor, is_edit: bool) -> None:
         """Keep errors (B,) for the next log, by task and by band of sigma, as sums and counts."""

@@ -157,8 +157,8 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
                 for same in _same_size(
                     [(i, s[f"{name}pixel_values"]) for i, s in samples if f"{name}pixel_values" in s]
                 ):
-                    pixels = torch.stack([p for _, p in same]).to(device, pipeline.vae.dtype)
-                    latents = pipeline.encode_pixels(pixels.div(127.5).sub(1)).to(dtype)
+                    pixels = torch.stack([p for _, p in same]).to(device).float().div(127.5).sub(1)
+                    latents = pipeline.encode_pixels(pixels.to(pipeline.vae.dtype)).to(dtype)
                     tensors |= {
                         f"{row_key(dataset, i)} {name}latents": z for (i, _), z in zip(same, latents, strict=True)
                     }
