@@ -350,6 +350,19 @@ class FlowMatchingTrainer(Trainer):
             data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size
         )
 
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except InputError:
+            raise
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError when the optimizer's file cannot be written
+            raise InputError(
+                f"writing {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}",
+                found=getattr(error, "strerror", None) or str(error).strip().splitlines()[0],
+                expected="room for a checkpoint",
+                remedy="Free some space and resume; the checkpoints before it are whole.",
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write what is trained, as a whole or not at all; what is frozen is in the model that was loaded."""
         folder = Path(output_dir or self.args.output_dir)

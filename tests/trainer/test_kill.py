@@ -1,4 +1,4 @@
-"""kill -9 at any point: the same command goes on, and ends at the same weights bit for bit."""
+"""kill -9 at any point, or no room for a checkpoint: the same command goes on, and ends at the same weights."""
 
 import json
 import os
@@ -71,3 +71,31 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, make_small_
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one), steps
     exported = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (whole / exported).read_bytes() == (killed / exported).read_bytes()
+
+
+LIMITED = """
+import resource, sys
+from unipic2.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits on file sizes")
+def test_no_room_for_a_checkpoint(tmp_path, make_small_pipeline, pairs_file):
+    """The limit lets the weights through and stops the optimizer's file, which is twice as large."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    make_small_pipeline().save_pretrained(model)
+    first = [*command(model, pairs_file, run), "--max_steps", "2"]
+    subprocess.run(first, check=True, capture_output=True, timeout=300)
+    kept = run / "checkpoint-2/model.safetensors"
+    before, limit = kept.read_bytes(), int(1.5 * kept.stat().st_size)
+    assert (run / "checkpoint-2/optimizer.pt").stat().st_size > limit
+    limited = [sys.executable, "-c", LIMITED, str(limit), *command(model, pairs_file, run)[3:]]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert last.startswith(f"error: writing {run / 'checkpoint-4'}: found ") and "Free some space" in last
+    assert kept.read_bytes() == before
+    subprocess.run(command(model, pairs_file, run), check=True, capture_output=True, timeout=300)
+    assert (run / f"checkpoint-{STEPS}").is_dir()
