@@ -84,7 +84,7 @@ def optimizer_of(pipe) -> torch.optim.AdamW:
 
 
 def encoded(pipe, samples: list[dict], name: str) -> torch.Tensor:
-    return pipe.encode_pixels(torch.stack([sample[name] for sample in samples]).div(127.5).sub(1))
+    return pipe.encode_bytes(torch.stack([sample[name] for sample in samples]))
 
 
 def encoders_in_the_loop(pairs: PairDataset, steps: int, batch_size: int) -> float:

@@ -20,3 +20,15 @@ class InputError(ValueError):
         details = ", ".join(d for d in details if d)
         message = f"{what}: {details}." if details else f"{what}."
         super().__init__(f"{message} {remedy}" if remedy else message)
+
+
+def check_one_of(what: str, value: str, options: tuple[str, ...]) -> None:
+    """Raise InputError where `value` is none of the options."""
+    if value not in options:
+        raise InputError(what, found=repr(value), expected=f"one of {', '.join(options)}")
+
+
+def check_share(what: str, value: float) -> None:
+    """Raise InputError where `value` is not in 0..1 (nan is not)."""
+    if not 0 <= value <= 1:
+        raise InputError(what, found=value, expected="a share from 0 to 1")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_one_of, check_share
 from .micro import CODEC_STEPS, DECODER_STEPS
 
 TRAIN_METHODS = ("pretrain",)
@@ -105,12 +105,6 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name, None)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}", found=value, expected=f"at least {least}")
-    if arguments.command in ("data", "export") and rest:
-        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "data":
-        return _check_data(arguments)
-    if arguments.command == "export":
-        return _export(arguments)
     if arguments.command == "micro" and arguments.action == "make":
         from .micro.make import make
 
@@ -120,6 +114,10 @@ def main(argv: list[str]) -> int:
         return 0
     if rest:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "data":
+        return _check_data(arguments)
+    if arguments.command == "export":
+        return _export(arguments)
     if arguments.command == "micro":
         from .micro.sheet import world_sheet
         from .sheets import save_sheet
@@ -134,8 +132,7 @@ def _train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(f"usage: unipic2 train METHOD --config FILE [--field value ...]\n\n{_TRAIN_HELP}")
         return 0
-    if argv[0] not in TRAIN_METHODS:
-        raise InputError("training method", found=repr(argv[0]), expected=f"one of {', '.join(TRAIN_METHODS)}")
+    check_one_of("training method", argv[0], TRAIN_METHODS)
     config, num_processes, argv = _launch_options(argv)
     if config is not None:
         return _launch(config, num_processes, argv)
@@ -172,18 +169,21 @@ def _launch(config: str, num_processes: int | None, argv: list[str]) -> int:
     return subprocess.run([*command, "-m", "unipic2.cli", "train", *argv]).returncode
 
 
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}", found="a file", expected="a folder, new or not")
+
+
 def _check_data(arguments: argparse.Namespace) -> int:
     from .data.buckets import aspect_buckets
     from .data.check import check, preview, summary, write_report
-    from .data.sources import open_source
+    from .data.sources import open_sources
 
-    if not 0 <= arguments.max_broken <= 1:
-        raise InputError("--max-broken", found=arguments.max_broken, expected="a share from 0 to 1")
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"--out {arguments.out}", found="a file", expected="a folder, new or not")
+    check_share("--max-broken", arguments.max_broken)
+    if arguments.out is not None:
+        _check_folder(arguments.out)
     buckets = aspect_buckets(arguments.resolution, arguments.bucket_mode, arguments.max_aspect)
-    columns = {role: getattr(arguments, f"{role}_column") for role in ("prompt", "target", "source", "mask")}
-    sources = [open_source(name, arguments.image_root, arguments.split, **columns) for name in arguments.dataset]
+    sources = open_sources(arguments.dataset, arguments.image_root, arguments.split, arguments)
     report = check(sources, buckets, arguments.num_proc)
     sys.stdout.write(f"{summary(report)}\n")
     if arguments.out is not None:
@@ -198,8 +198,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from ..core.checkpoint import export_single_file
     from .flow_matching_config import EXPORT_DTYPES
 
-    if arguments.dtype is not None and arguments.dtype not in EXPORT_DTYPES:
-        raise InputError("--dtype", found=repr(arguments.dtype), expected=f"one of {', '.join(EXPORT_DTYPES)}")
+    if arguments.dtype is not None:
+        check_one_of("--dtype", arguments.dtype, EXPORT_DTYPES)
     if arguments.out.suffix != ".safetensors":
         raise InputError(f"--out {arguments.out}", found=f"suffix {arguments.out.suffix!r}", expected=".safetensors")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
@@ -211,7 +211,6 @@ def _export(arguments: argparse.Namespace) -> int:
 def _eval_micro(arguments: argparse.Namespace) -> int:
     import torch
 
-    from ..core.errors import InputError
     from ..core.files import write_file
     from ..core.micro import weights_dir
     from .kontext_pipeline import StableDiffusion3KontextPipeline
@@ -219,8 +218,7 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     from .micro.sheet import result_sheet
     from .sheets import save_sheet
 
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"--out {arguments.out}", found="a file", expected="a folder, new or not")
+    _check_folder(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     folder = weights_dir() if arguments.model == "micro" else Path(arguments.model)
     pipeline = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)

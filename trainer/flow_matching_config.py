@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_one_of, check_share
 from ..core.micro import SHIFT
 from .adapters import TRAINABLE
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
@@ -102,14 +102,13 @@ class FlowMatchingConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        _one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
-        _one_of("trainable", self.trainable, TRAINABLE)
-        _one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        check_one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
+        check_one_of("trainable", self.trainable, TRAINABLE)
+        check_one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         shares = ("caption_dropout", "edit_caption_dropout", "reference_dropout", "unmasked_weight", "edit_ratio")
         for name in (*shares, "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(name, found=getattr(self, name), expected="a share from 0 to 1")
+            check_share(name, getattr(self, name))
         if not self.shift > 0:  # also true for nan
             raise InputError("shift", found=self.shift, expected="a number above 0 (1 is no shift)")
         if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
@@ -124,8 +123,3 @@ class FlowMatchingConfig(TrainingArguments):
             raise InputError("ema_update_steps", found=self.ema_update_steps, expected="at least 1")
         if not self.logit_std >= 0:
             raise InputError("logit_std", found=self.logit_std, expected="a number from 0 on")
-
-
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise InputError(name, found=repr(value), expected=f"one of {', '.join(options)}")

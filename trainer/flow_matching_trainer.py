@@ -5,7 +5,7 @@ Convention: sigma 0 is the picture, sigma 1 is noise (see `core.flow`). A sample
 `pixel_values` and `ref_pixel_values`, uint8 (3, 8H, 8W). Optional: `loss_mask` (1, H, W), 0 to 1, where an edit is to
 be learned, `source_id` (int), the same for samples that contrastive training must not play off against each other, and
 `text`, ready states (L, D) and pooled text (P,); the dataset then has `empty_text`, those of the empty prompt.
- Batches hold one task and one size only (`batches`), so no padding and no mask is needed.
+Batches hold one task and one size only (`batches`), so no padding and no mask is needed.
 """
 
 import json
@@ -112,18 +112,13 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def scheduler_of(args: FlowMatchingConfig, scheduler) -> FlowMatchEulerDiscreteScheduler:
     """Return the scheduler with the shift that is trained, for previews and export."""
-    if not args.dynamic_shift:
-        shift = {"shift": args.shift, "use_dynamic_shifting": False}
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **shift)
-    return FlowMatchEulerDiscreteScheduler.from_config(
-        scheduler.config,
-        use_dynamic_shifting=True,
-        time_shift_type="exponential",
-        base_shift=args.base_shift,
-        max_shift=args.max_shift,
-        base_image_seq_len=BASE_TOKENS,
-        max_image_seq_len=MAX_TOKENS,
-    )
+    changes = {"use_dynamic_shifting": args.dynamic_shift}
+    if args.dynamic_shift:
+        changes |= {"time_shift_type": "exponential", "base_shift": args.base_shift, "max_shift": args.max_shift}
+        changes |= {"base_image_seq_len": BASE_TOKENS, "max_image_seq_len": MAX_TOKENS}
+    else:
+        changes["shift"] = args.shift
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **changes)
 
 
 class FlowMatchingTrainer(Trainer):
@@ -167,9 +162,8 @@ class FlowMatchingTrainer(Trainer):
         self.pipeline, self.previews = pipeline, previews
         pipeline.scheduler = scheduler_of(args, pipeline.scheduler)
         pipeline.vae.requires_grad_(False)
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-            if encoder is not None:
-                encoder.requires_grad_(args.train_text_encoder)
+        for encoder in pipeline.text_encoders:
+            encoder.requires_grad_(args.train_text_encoder)
         prepare(pipeline.transformer, args.trainable, peft_config, args.seed)
         text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
         model = KontextForTraining(pipeline.transformer, text_encoder)
@@ -294,9 +288,9 @@ class FlowMatchingTrainer(Trainer):
         pixels = inputs.get(name.replace("latents", "pixel_values"))
         if pixels is None:
             return inputs.get(name)
-        vae = self.pipeline.vae.to(pixels.device)
+        self.pipeline.vae.to(pixels.device)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return self.pipeline.encode_pixels(pixels.float().div(127.5).sub(1).to(vae.dtype)).float()
+            return self.pipeline.encode_bytes(pixels).float()
 
     def _note(self, errors: torch.Tensor, sigmas: torch.Tensor, is_edit: bool) -> None:
         """Keep errors (B,) for the next log, by task and by band of sigma, as sums and counts."""
@@ -307,16 +301,10 @@ class FlowMatchingTrainer(Trainer):
         sums.index_add_(0, bands, torch.stack([errors, torch.ones_like(errors)], dim=1))
         self._losses["bands"].append(sums)
 
-    def text_encoders(self) -> list[nn.Module]:
-        """Return the pipeline's text encoders."""
-        pipeline = self.pipeline
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
-        return [encoder for encoder in encoders if encoder is not None]
-
     @torch.no_grad()
     def encode_text(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return states (B, L, D) and pooled text (B, P) from the pipeline's frozen encoders."""
-        for encoder in self.text_encoders():
+        for encoder in self.pipeline.text_encoders:
             encoder.to(device)
         states, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, device=device, do_classifier_free_guidance=False
@@ -479,7 +467,7 @@ class _PreviewCallback(TrainerCallback):
             return
         trainer = self.trainer
         # Drawing must not move the training's random numbers: the run is the same with and without previews.
-        helpers = [trainer.pipeline.vae, *trainer.text_encoders()]
+        helpers = [trainer.pipeline.vae, *trainer.pipeline.text_encoders]
         places = [module.device for module in helpers]  # with cached texts the encoders wait on the CPU
         with torch.random.fork_rng():
             for module in helpers:

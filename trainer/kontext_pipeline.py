@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from ..core.checkpoint import check_transformer_config, component_files, config_disagrees, read_header
-from ..core.errors import InputError
+from ..core.errors import InputError, check_one_of
 from ..core.files import write_file
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
@@ -303,13 +303,22 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         Raises:
             InputError: a picture without pixels or without an RGB meaning, or an unknown `sample_mode`.
         """
-        if sample_mode not in SAMPLE_MODES:
-            raise InputError("sample_mode", found=repr(sample_mode), expected=f"one of {', '.join(SAMPLE_MODES)}")
+        check_one_of("sample_mode", sample_mode, SAMPLE_MODES)
         pixels = torch.stack([_resized(image, height, width) for image in images]) * 2 - 1
         if isinstance(generator, list) and len(generator) != len(images):
             generator = generator[0]  # one picture for several prompts
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         return self.encode_pixels(pixels, sample=sample_mode == "sample", generator=generator)
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """The text encoders that there are, one to three."""
+        encoders = (self.text_encoder, self.text_encoder_2, self.text_encoder_3)
+        return [encoder for encoder in encoders if encoder is not None]
+
+    def encode_bytes(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return `encode_pixels` of uint8 pixels (B, 3, H, W), 0 to 255."""
+        return self.encode_pixels(pixels.float().div(127.5).sub(1).to(self.vae.dtype))
 
     def encode_pixels(
         self,

@@ -7,24 +7,23 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import AutoencoderTiny
 from peft import LoraConfig
 from trl import TrlParser
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_one_of, check_share
 from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
 from .data.cache import CachedPairs, build_cache
 from .data.pairs import PairDataset
-from .data.sources import open_source
+from .data.sources import open_sources
 from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
-from .stages import read_stages, run_stages
+from .stages import parse_stages, read_config, run_stages
 
 MICRO = "micro"
 _IDENTITY = "run.json"
@@ -92,11 +91,8 @@ class PretrainArguments:
     )
 
     def __post_init__(self):
-        if not 0 <= self.max_broken <= 1:
-            raise InputError("max_broken", found=self.max_broken, expected="a share from 0 to 1")
-        if self.cache_dtype not in EXPORT_DTYPES:
-            expected = f"one of {', '.join(EXPORT_DTYPES)}"
-            raise InputError("cache_dtype", found=repr(self.cache_dtype), expected=expected)
+        check_share("max_broken", self.max_broken)
+        check_one_of("cache_dtype", self.cache_dtype, EXPORT_DTYPES)
         if self.cache_batch_size < 1:
             raise InputError("cache_batch_size", found=self.cache_batch_size, expected="at least 1")
         for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
@@ -116,7 +112,7 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
     Raises:
         InputError: an unknown key, with the nearest valid names, or a value that does not fit.
     """
-    _check_config_file(argv)
+    read_config(argv)  # what is wrong with the file is said in its own words
     parser = TrlParser((PretrainArguments, FlowMatchingConfig), prog="unipic2 train pretrain", allow_abbrev=False)
     try:
         script_args, args = parser.parse_args_and_config(argv)
@@ -130,25 +126,6 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, FlowMatchingConfig]:
     if MICRO in script_args.dataset_name and len(script_args.dataset_name) > 1:
         raise InputError("dataset_name", found=", ".join(script_args.dataset_name), expected="micro alone, or others")
     return script_args, args
-
-
-def _check_config_file(argv: list[str]) -> None:
-    """Read the file after `--config`, if there is one, so that what is wrong with it is said in its own words."""
-    if "--config" not in argv:
-        return
-    name = (argv[argv.index("--config") + 1 :] or [""])[0]
-    if not name or name.startswith("--"):
-        raise InputError("--config", found="no file name after it", expected="a YAML file")
-    expected = "a mapping in YAML, such as `learning_rate: 1.0e-4`"
-    try:
-        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"config {name}", found="no such file", expected=expected) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        found = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise InputError(f"config {name}", found=found, expected=expected) from None
-    if not isinstance(content, dict):
-        raise InputError(f"config {name}", found=f"{type(content).__name__}", expected=expected)
 
 
 def _suggest(message: str) -> str | None:
@@ -189,11 +166,8 @@ def load_dataset(
             found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
             raise InputError("model_name_or_path", found=found, expected=expected)
         return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
-    columns = {role: getattr(script_args, f"{role}_column") for role in ("prompt", "target", "source", "mask")}
-    sources = [
-        open_source(name, script_args.image_root, script_args.dataset_split, **columns)
-        for name in script_args.dataset_name
-    ]
+    split = script_args.dataset_split
+    sources = open_sources(script_args.dataset_name, script_args.image_root, split, script_args)
     if args.unmasked_weight == 1:
         sources = [replace(source, columns=replace(source.columns, mask=None)) for source in sources]
     buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
@@ -274,20 +248,22 @@ def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, ro
 
 
 def cache(argv: list[str]) -> int:
-    """Entry of `unipic2 data cache`, which takes the settings of a training run."""
-    script_args, args = parse(argv)
+    """Entry of `unipic2 data cache`, which takes the settings of a training run, in stages or not."""
+    runs = parse_stages(argv, parse) or [parse(argv)]
+    script_args, args = runs[0]
     if script_args.cache_dir is None or script_args.dataset_name == [MICRO]:
         found = "none" if script_args.cache_dir is None else "dataset_name micro"
         raise InputError("cache_dir", found=found, expected="a folder, and data of your own")
     pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True)
-    dataset = load_dataset(script_args, args, pipeline)
-    sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")
+    for script_args, args in runs:
+        dataset = load_dataset(script_args, args, pipeline)
+        sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train pretrain`."""
-    stages = read_stages(argv)
-    folder = pretrain(*parse(argv)) if stages is None else run_stages(argv, stages, parse, pretrain)
+    stages = parse_stages(argv, parse)
+    folder = pretrain(*parse(argv)) if stages is None else run_stages(stages, pretrain)
     sys.stdout.write(f"{folder}\n")
     return 0

@@ -20,56 +20,48 @@ _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "us
 """Settings that belong to the whole run."""
 
 
-def read_stages(argv: list[str]) -> list[dict] | None:
-    """Return the stages of the file after `--config`, or None where it has none.
+def read_config(argv: list[str]) -> dict:
+    """Return the content of the file after `--config`, {} where there is no such flag.
 
     Raises:
-        InputError: `stages` is no list of mappings, or a stage sets what belongs to the whole run.
+        InputError: no file name, no such file, or no mapping in YAML.
     """
-    content = _config(argv)
-    if _KEY not in content:
-        return None
-    stages = content[_KEY]
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and s for s in stages):
-        expected = "a list of mappings, such as [{resolution: 256, max_steps: 900}, {resolution: 512, max_steps: 300}]"
-        raise InputError(_KEY, found=repr(stages), expected=expected)
-    for number, stage in enumerate(stages):
-        wrong = [key for key in stage if key in _OF_THE_RUN]
-        if wrong:
-            remedy = "Set it once for the whole run."
-            raise InputError(f"{_KEY}[{number}]", found=", ".join(wrong), expected="other settings", remedy=remedy)
-    if content.get("use_peft"):
-        remedy = "Train the LoRA in one run at the last resolution."
-        raise InputError(_KEY, found="use_peft too", expected="training of full weights", remedy=remedy)
-    return stages
-
-
-def _config(argv: list[str]) -> dict:
-    """Return the content of the config file, {} where there is none or it is wrong, which parsing then says."""
-    try:
-        path = Path(argv[argv.index("--config") + 1])
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, IndexError, OSError, UnicodeDecodeError, yaml.YAMLError):
+    if "--config" not in argv:
         return {}
-    return content if isinstance(content, dict) else {}
+    name = (argv[argv.index("--config") + 1 :] or [""])[0]
+    if not name or name.startswith("--"):
+        raise InputError("--config", found="no file name after it", expected="a YAML file")
+    expected = "a mapping in YAML, such as `learning_rate: 1.0e-4`"
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config {name}", found="no such file", expected=expected) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"config {name}", found=found, expected=expected) from None
+    if not isinstance(content, dict):
+        raise InputError(f"config {name}", found=f"{type(content).__name__}", expected=expected)
+    return content
 
 
-def run_stages(argv: list[str], stages: list[dict], parse, run) -> Path:
-    """Run all stages; a stage that is done is passed over under `resume`.
+def parse_stages(argv: list[str], parse) -> list[tuple] | None:
+    """Parse all stages of the config file, or return None where it has none.
 
     Args:
         argv: flags of the whole run, with `--config FILE`.
-        stages: from `read_stages`.
-        parse: reads flags, see `pretrain.parse`. All stages are parsed before the first one runs.
-        run: trains and exports one stage, see `pretrain.pretrain`.
+        parse: reads flags, see `pretrain.parse`.
 
     Returns:
-        The folder of the exported pipeline.
+        What `parse` says of each stage.
 
     Raises:
-        InputError: from `parse` and `run`, and where `output_dir/export` holds something else.
+        InputError: from `parse`; `stages` is no list of mappings, or a stage sets what belongs to the whole run.
     """
-    common = {key: value for key, value in _config(argv).items() if key != _KEY}
+    common = read_config(argv)
+    if _KEY not in common:
+        return None
+    stages = common.pop(_KEY)
+    _check(stages, common)
     place = argv.index("--config") + 1
     output_dir, parsed = None, []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +79,37 @@ def run_stages(argv: list[str], stages: list[dict], parse, run) -> Path:
                 parsed.append(parse(flags))
             except InputError as error:
                 raise InputError(f"{_KEY}[{number}]: {str(error).rstrip('.')}") from None
-    export = output_dir / "export"
+    return parsed
+
+
+def _check(stages: object, common: dict) -> None:
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and s for s in stages):
+        expected = "a list of mappings, such as [{resolution: 256, max_steps: 900}, {resolution: 512, max_steps: 300}]"
+        raise InputError(_KEY, found=repr(stages), expected=expected)
+    for number, stage in enumerate(stages):
+        wrong = [key for key in stage if key in _OF_THE_RUN]
+        if wrong:
+            remedy = "Set it once for the whole run."
+            raise InputError(f"{_KEY}[{number}]", found=", ".join(wrong), expected="other settings", remedy=remedy)
+    if common.get("use_peft"):
+        remedy = "Train the LoRA in one run at the last resolution."
+        raise InputError(_KEY, found="use_peft too", expected="training of full weights", remedy=remedy)
+
+
+def run_stages(parsed: list[tuple], run) -> Path:
+    """Run all stages; a stage that is done is passed over under `resume`.
+
+    Args:
+        parsed: from `parse_stages`.
+        run: trains and exports one stage, see `pretrain.pretrain`.
+
+    Returns:
+        The folder of the exported pipeline.
+
+    Raises:
+        InputError: from `run`, and where `output_dir/export` holds something else.
+    """
+    export = Path(parsed[0][1].output_dir).parent / "export"
     check_replaceable(export)
     for number, (script_args, args) in enumerate(parsed, start=1):
         last = Path(args.output_dir) / "export"

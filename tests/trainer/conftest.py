@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -40,6 +41,13 @@ def randomise_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         center = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
         parameter.copy_(center + std * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path, monkeypatch):
+    """Keep what `datasets` caches out of the user's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session")

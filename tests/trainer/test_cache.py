@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +13,6 @@ from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.pretrain import cache, parse, pretrain
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` caches out of the user's folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    datasets.disable_progress_bars()
 
 
 def open_pairs(pairs_file, **options):

@@ -17,13 +17,6 @@ from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.sources import BrokenRow, find_columns, open_source, read_pair
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` caches out of the user's folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 def picture(seed: int, size=(96, 64)) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize(size, Image.Resampling.NEAREST)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from unipic2.core.errors import InputError
-from unipic2.trainer.pretrain import main
+from unipic2.trainer.pretrain import cache, main
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -76,3 +76,14 @@ def test_what_is_wrong_is_said_before_the_first_stage(config, tmp_path, stages, 
 def test_no_stages_with_lora(config):
     with pytest.raises(InputError, match="stages: found use_peft too"):
         main(config([{"max_steps": 1}], use_peft=True))
+
+
+def test_a_cache_is_made_ahead_for_all_stages(config, tmp_path, capsys):
+    """Training in stages then finds every row at every size, from the exports of earlier stages, too."""
+    stages = [{"resolution": 64}, {"resolution": 96}]
+    argv = config(stages, cache_dir=str(tmp_path / "cache"))
+    assert cache(argv) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'cache'}: 16 rows\n" * 2 and not (tmp_path / "run").exists()
+    shards = sorted((tmp_path / "cache").glob("shard-*"))
+    assert main(argv) == 0
+    assert sorted((tmp_path / "cache").glob("shard-*")) == shards

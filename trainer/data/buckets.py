@@ -2,7 +2,7 @@
 
 import math
 
-from ...core.errors import InputError
+from ...core.errors import InputError, check_one_of
 from ...core.sizes import MAX_EDGE
 
 BUCKET_MODES = ("area", "longer_edge")
@@ -22,8 +22,7 @@ def aspect_buckets(resolution: int, mode: str = "area", max_aspect: float = 2.0)
     Raises:
         InputError: a resolution that is no multiple of 32 or out of range, another mode, or an aspect below 1.
     """
-    if mode not in BUCKET_MODES:
-        raise InputError("bucket_mode", found=repr(mode), expected=f"one of {', '.join(BUCKET_MODES)}")
+    check_one_of("bucket_mode", mode, BUCKET_MODES)
     if resolution < BUCKET_STEP or resolution % BUCKET_STEP or resolution > MAX_EDGE:
         expected = f"a multiple of {BUCKET_STEP} from {BUCKET_STEP} to {MAX_EDGE} pixels"
         raise InputError("resolution", found=resolution, expected=expected)

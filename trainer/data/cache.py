@@ -8,6 +8,7 @@ can be stopped at any point; whole shards are kept.
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -128,7 +129,7 @@ def build_cache(
         InputError: as `Cache` and `PairDataset`.
     """
     cache = Cache(folder, fingerprint(pipeline, dtype))
-    encoders = [module for name in _ENCODERS if (module := getattr(pipeline, name, None)) is not None]
+    encoders = [pipeline.vae, *pipeline.text_encoders]
     for module in encoders:
         module.eval().to(device)
     try:
@@ -157,8 +158,8 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
                 for same in _same_size(
                     [(i, s[f"{name}pixel_values"]) for i, s in samples if f"{name}pixel_values" in s]
                 ):
-                    pixels = torch.stack([p for _, p in same]).to(device).float().div(127.5).sub(1)
-                    latents = pipeline.encode_pixels(pixels.to(pipeline.vae.dtype)).to(dtype)
+                    pixels = torch.stack([p for _, p in same]).to(device)
+                    latents = pipeline.encode_bytes(pixels).to(dtype)
                     tensors |= {
                         f"{row_key(dataset, i)} {name}latents": z for (i, _), z in zip(same, latents, strict=True)
                     }
@@ -208,7 +209,7 @@ class CachedPairs(torch.utils.data.Dataset):
         self.is_edit = [dataset.is_edit[i] for i in self.rows]
         self.buckets = [dataset.buckets[i] for i in self.rows]
 
-    @property
+    @cached_property
     def empty_text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """States (L, D) and pooled (P,) of the empty prompt, for caption dropout."""
         return self._text("")

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from ...core.files import write_file
 from ..sheets import Cell, contact_sheet, save_sheet
 from .buckets import nearest_bucket
-from .sources import BrokenRow, Source, measure, picture_of, read_pair
+from .sources import ROLES, BrokenRow, Source, measure, picture_of, read_pair
 
 _LISTED = 200  # broken rows written to the report
 _THUMBNAIL = 160
@@ -54,7 +54,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
     widths, heights, upscaled, reshaped = [], [], 0, 0
     for source in sources:
         found = source.map(inspect_row, "reading rows", num_proc)
-        columns = {role: getattr(source.columns, role) for role in ("prompt", "target", "source", "mask")}
+        columns = {role: getattr(source.columns, role) for role in ROLES}
         report["sources"].append({"name": source.name, "rows": len(found), "columns": columns})
         for number, row in enumerate(found):
             report["rows"] += 1

@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ TARGET_COLUMNS = ("edited_img", "edited_image", "target_image", "output_images",
 PROMPT_COLUMNS = ("prompt", "instruction", "caption", "edited_prompt_list", "edit_prompt", "text", "txt")
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 """Names of the one picture of a text-to-image row, where there is no column of `TARGET_COLUMNS`."""
+ROLES = ("prompt", "target", "source", "mask")
 MASK_COLUMNS = ("mask", "mask_img", "mask_image")
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])", re.IGNORECASE)
@@ -164,6 +166,12 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
     return Source(name, rows, find_columns(rows.column_names, name, **columns), root)
 
 
+def open_sources(names: list[str], image_root: str | None, split: str, settings) -> list[Source]:
+    """Open datasets with `settings.prompt_column`, `settings.target_column`, ... as overrides; see `open_source`."""
+    columns = {role: getattr(settings, f"{role}_column") for role in ROLES}
+    return [open_source(name, image_root, split, **columns) for name in names]
+
+
 def _files_of(path: Path, split: str) -> tuple[str, list[Path]]:
     """Return the loader's name and the files of a split: those of a folder whose names begin with it, if any do."""
     if path.is_file():
@@ -232,18 +240,21 @@ def _open(value, column: str, root: Path) -> Image.Image | None:
     found = picture_of(value, column, root)
     if found is None:
         return None
-    try:
+    with _broken_otherwise(found[1]):
         return to_rgb(ImageOps.exif_transpose(Image.open(found[0])), found[1])[0]
+
+
+@contextmanager
+def _broken_otherwise(name: str) -> Iterator[None]:
+    """Turn what Pillow raises of a picture, which is of many kinds, into a BrokenRow."""
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise many kinds
-        raise BrokenRow(_reason(found[1], error)) from None
-
-
-def _reason(name: str, error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{name}: too many pixels"
-    return f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    except Image.DecompressionBombError:
+        raise BrokenRow(f"{name}: too many pixels") from None
+    except Exception as error:
+        raise BrokenRow(f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
 def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
@@ -266,7 +277,8 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
 
     Returns:
         `width` and `height` of the target as it is shown, `is_edit`, `source_id` (same source picture, same number;
-        for text-to-image by the prompt), `error` ("" or the reason why the row is broken).
+        for text-to-image by the prompt), `prompt`, `key` (a digest of text and pictures; of files their names, sizes
+        and times), `error` ("" or the reason why the row is broken).
     """
     result = {"width": 0, "height": 0, "is_edit": False, "source_id": 0, "prompt": "", "key": "", "error": ""}
     try:
@@ -289,16 +301,11 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
 
 
 def _size(where, name: str) -> tuple[int, int]:
-    try:
-        with Image.open(where) as image:
-            width, height = image.size
-            # Asked for EXIF that is not in its head, Pillow decodes a whole PNG to look behind the picture.
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            rotated = image.format != "TIFF" and exif.get(_EXIF_ORIENTATION) in _ROTATED  # Pillow turns TIFFs itself
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise BrokenRow(_reason(name, error)) from None
+    with _broken_otherwise(name), Image.open(where) as image:
+        width, height = image.size
+        # Asked for EXIF that is not in its head, Pillow decodes a whole PNG to look behind the picture.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        rotated = image.format != "TIFF" and exif.get(_EXIF_ORIENTATION) in _ROTATED  # Pillow turns TIFFs itself
     if not width or not height:
         raise BrokenRow(f"{name}: {width}x{height} pixels")
     return (height, width) if rotated else (width, height)
