@@ -27,7 +27,7 @@ from unipic2.core.flow import interpolate, shift_sigmas
 from unipic2.core.micro import weights_dir
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
 from unipic2.trainer.data.buckets import aspect_buckets
-from unipic2.trainer.data.cache import build_cache
+from unipic2.trainer.data.cache import Cache, CachedPairs, build_cache, fingerprint
 from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.micro.tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
@@ -137,7 +137,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs = PairDataset([open_source(str(write_data(folder, 96)))], aspect_buckets(64))
-        cached = build_cache(pairs, load(), folder / "cache", torch.float16, CPU)
+        cache = Cache(folder / "cache", fingerprint(weights_dir(), torch.float16, torch.float32))
+        build_cache(pairs, cache, load(), torch.float16, CPU)
+        cached = CachedPairs(pairs, cache)
         size = (arguments.steps, arguments.batch_size)
         ways = {
             "encoders in the loop": lambda: encoders_in_the_loop(pairs, *size),

@@ -94,7 +94,7 @@ class FlowMatchingConfig(TrainingArguments):
     preview_inference_steps: int = field(default=20, metadata={"help": "Denoising steps of a preview."})
     preview_guidance_scale: float = field(default=3.5, metadata={"help": "Guidance of a preview."})
     export_dtype: str = field(
-        default="float16", metadata={"help": "Type of the exported weights: float32, float16 or bfloat16."}
+        default="float16", metadata={"help": "Type of exported trained weights: float32, float16 or bfloat16."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept False: the collator reads columns that no forward signature names."}

@@ -406,16 +406,17 @@ class FlowMatchingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.swap_in(model)
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        unfinished, dtype = folder.with_name(f".{folder.name}.unfinished"), getattr(torch, self.args.export_dtype)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             if self.peft_config is not None:
                 method = {"unipic2.method": "flow matching", "unipic2.step": str(self.state.global_step)}
                 save_lora(self.pipeline, unfinished, method)
+                for file in unfinished.rglob("*.safetensors"):
+                    cast_file(file, dtype)
             else:
-                self.pipeline.save_pretrained(unfinished, safe_serialization=True)
-            for file in unfinished.rglob("*.safetensors"):
-                cast_file(file, getattr(torch, self.args.export_dtype))
+                trained = {"transformer", "text_encoder"} if self.args.train_text_encoder else {"transformer"}
+                self.pipeline.save_trained(unfinished, trained, dtype)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)

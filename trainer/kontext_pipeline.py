@@ -6,6 +6,7 @@ may be absent (the micro model has one).
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from ..core.checkpoint import check_transformer_config, component_files, config_disagrees, read_header
+from ..core.checkpoint import cast_file, check_transformer_config, component_files, config_disagrees, read_header
 from ..core.errors import InputError, check_one_of
-from ..core.files import write_file
+from ..core.files import PIPELINE_INDEX, write_file
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from ..core.sizes import fit_size, nearest_valid_size
@@ -26,6 +27,9 @@ from .kontext_transformer import SD3Transformer2DKontextModel
 
 SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
+_NO_WEIGHTS = shutil.ignore_patterns(
+    ".*", "*.bin", "*.pt", "*.ckpt", "*.msgpack"
+)  # pickles and leftovers of downloads
 _TOKEN_EMBEDDINGS = {
     "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
     "shared.weight": ("vocab_size", "d_model"),
@@ -43,7 +47,7 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
         InputError: `model_index.json` is missing or broken, a component's folder or weight file is missing, a pickle
             or cut off, or the `config.json` of the transformer or a text encoder disagrees with its weights.
     """
-    index = _read_json(folder / "model_index.json", "a pipeline in the published layout")
+    index = _read_json(folder / PIPELINE_INDEX, "a pipeline in the published layout")
     # An entry is [library, class]; [null, null] says that the pipeline has no such component.
     present = {name for name, entry in index.items() if isinstance(entry, list) and any(entry)} | {"transformer"}
     for name in sorted(present - given):
@@ -144,6 +148,9 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         "tokenizer_3",
     ]
 
+    loaded_from: Path | None = None
+    """The folder this pipeline was loaded from; what is not trained is exported from there."""
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load a folder in the published layout, or a hub repository. Weights are safetensors only.
@@ -153,11 +160,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 the hub does not have them.
         """
         name = pretrained_model_name_or_path
-        folder = Path(name)
-        if not folder.is_dir():
-            if folder.is_absolute() or len(folder.parts) != 2:
-                raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
-            folder = cls._download(str(name), kwargs)
+        folder = cls.find_folder(name, kwargs)
         check_pipeline_folder(folder, set(kwargs))
         kwargs["use_safetensors"] = True
         try:
@@ -168,12 +171,28 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
                     folder, subfolder="transformer", use_safetensors=True, **types
                 )
-            return super().from_pretrained(folder, **kwargs)
+            pipeline = super().from_pretrained(folder, **kwargs)
+            pipeline.loaded_from = folder
+            return pipeline
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError) as error:  # a component whose config disagrees with its weights
             found = " ".join(str(error).split())[:600]
             raise InputError(f"model {name}", found=found, expected="components that fit their configs") from error
+
+    @classmethod
+    def find_folder(cls, name: str | Path, kwargs: dict | None = None) -> Path:
+        """Return the folder of a pipeline; a hub repository is downloaded, but for the components in `kwargs`.
+
+        Raises:
+            InputError: neither is there.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return folder
+        if folder.is_absolute() or len(folder.parts) != 2:
+            raise InputError(f"model {folder}", found="no such folder", expected="a folder with model_index.json")
+        return cls._download(str(name), {} if kwargs is None else kwargs)
 
     @staticmethod
     def _download(name: str, kwargs: dict) -> Path:
@@ -210,6 +229,40 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         for name in ("tokenizer", "tokenizer_2"):
             if isinstance(getattr(self, name, None), CLIPTokenizer):
                 _write_vocabulary(Path(save_directory) / name)
+
+    def save_trained(self, folder: Path, trained: set[str], dtype: torch.dtype) -> None:
+        """Write the pipeline with `trained` components in `dtype`; the others are copied from `loaded_from` unchanged.
+
+        What was not loaded from a folder is written as a trained component is. Components that were left out when the
+        pipeline was loaded, such as text encoders whose states are cached, come back this way.
+
+        Args:
+            folder: new; not cleaned up on errors.
+            trained: names of components whose weights changed; the scheduler is always written.
+            dtype: floating type of what is written.
+        """
+        base = self.loaded_from
+        index = {} if base is None else _read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
+        copied = [
+            name
+            for name, entry in index.items()
+            if isinstance(entry, list) and any(entry) and name not in {*trained, "scheduler"}
+        ]
+        kept = {name: getattr(self, name, None) for name in copied}
+        self.register_modules(**dict.fromkeys(copied))
+        try:
+            self.save_pretrained(folder, safe_serialization=True)
+        finally:
+            self.register_modules(**kept)
+        for file in folder.rglob("*.safetensors"):
+            cast_file(file, dtype)
+        for name in copied:
+            shutil.copytree(base / name, folder / name, ignore=_NO_WEIGHTS)
+            if name in ("tokenizer", "tokenizer_2") and (folder / name / "tokenizer.json").is_file():
+                _write_vocabulary(folder / name)
+        forget_paths(folder)
+        written = _read_json(folder / PIPELINE_INDEX, "what was written just now")
+        write_file(folder / PIPELINE_INDEX, json.dumps(written | {n: index[n] for n in copied}, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(
@@ -265,9 +318,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 size = first.size if isinstance(first, Image.Image) else (first.shape[-1], first.shape[-2])
                 width, height = fit_size(*size, longer_edge=longer_edge)
         self._check_size(height, width)
-        ready = kwargs.get("negative_prompt_embeds") is not None
-        if negative_prompt is None and image is not None and self.text_encoder_2 is not None and not ready:
-            negative_prompt = DEFAULT_EDIT_NEGATIVE_PROMPT
+        if negative_prompt is None and kwargs.get("negative_prompt_embeds") is None:
+            negative_prompt = self.default_negative_prompt(is_edit=image is not None) or None
         if image is not None:
             prompts = len(prompt) if isinstance(prompt, list) else 1
             if prompt is None and kwargs.get("prompt_embeds") is not None:
@@ -287,6 +339,10 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             joint_attention_kwargs=joint_attention_kwargs,
             **kwargs,
         )
+
+    def default_negative_prompt(self, is_edit: bool) -> str:
+        """Return what stands against the prompt where nothing is given: a text for edits of published models."""
+        return DEFAULT_EDIT_NEGATIVE_PROMPT if is_edit and self.tokenizer_2 is not None else ""
 
     def encode_reference(
         self,

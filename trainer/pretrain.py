@@ -15,7 +15,7 @@ from ..core.errors import InputError, check_one_of, check_share
 from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
-from .data.cache import CachedPairs, build_cache
+from .data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complete
 from .data.pairs import PairDataset
 from .data.sources import open_sources
 from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
@@ -26,6 +26,7 @@ from .previews import micro_previews, pair_previews
 from .stages import parse_stages, read_config, run_stages
 
 MICRO = "micro"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _IDENTITY = "run.json"
 
 
@@ -63,7 +64,7 @@ class PretrainArguments:
         default=None,
         metadata={
             "help": "Folder for latents and text states, encoded once before training (`unipic2 data cache` does it "
-            "ahead); the encoders then wait on the CPU. None encodes beside training."
+            "ahead); text encoders are then not even loaded. None encodes beside training."
         },
     )
     cache_dtype: str = field(
@@ -140,8 +141,16 @@ def _suggest(message: str) -> str | None:
     return " ".join(hints) or None
 
 
-def load_pipeline(name: str, args: FlowMatchingConfig, lora: bool) -> StableDiffusion3KontextPipeline:
+def load_pipeline(
+    name: str, args: FlowMatchingConfig, lora: bool, text_encoders: bool = True
+) -> StableDiffusion3KontextPipeline:
     """Load the model: under `bf16` on a GPU in bfloat16, but for what is trained and the rest of its model in float32.
+
+    Args:
+        name: folder, or hub repository.
+        args: settings.
+        lora: the transformer itself stays frozen.
+        text_encoders: False leaves them out; see `load_dataset`.
 
     Raises:
         InputError: see `StableDiffusion3KontextPipeline.from_pretrained`.
@@ -150,7 +159,9 @@ def load_pipeline(name: str, args: FlowMatchingConfig, lora: bool) -> StableDiff
     types = {"default": frozen, "transformer": frozen if lora else torch.float32}
     if args.train_text_encoder:
         types["text_encoder"] = torch.float32
-    return StableDiffusion3KontextPipeline.from_pretrained(name, torch_dtype=types)
+    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    absent = {} if text_encoders else dict.fromkeys(TEXT_ENCODERS)
+    return StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=types, **absent)
 
 
 def load_dataset(
@@ -183,15 +194,20 @@ def load_dataset(
         return dataset
     if args.train_text_encoder:
         raise InputError("cache_dir", found="train_text_encoder too", expected="frozen text encoders")
+    return _cached(dataset, script_args, args, pipeline)
+
+
+def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline) -> CachedPairs:
+    """Return the rows out of the cache. Text encoders are loaded only if something has to be encoded, and let go."""
+    folder, dtype = Path(script_args.cache_dir), getattr(torch, script_args.cache_dtype)
+    digest = fingerprint(pipeline.loaded_from, dtype, pipeline.vae.dtype)
     with args.main_process_first(local=False, desc="encoding"):
-        return build_cache(
-            dataset,
-            pipeline,
-            Path(script_args.cache_dir),
-            getattr(torch, script_args.cache_dtype),
-            args.device,
-            script_args.cache_batch_size,
-        )
+        cache = Cache(folder, digest)
+        if not is_complete(cache, dataset, pipeline) and args.process_index == 0:
+            parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "torch_dtype": pipeline.vae.dtype}
+            encoders = StableDiffusion3KontextPipeline.from_pretrained(pipeline.loaded_from, **parts)
+            build_cache(dataset, cache, encoders, dtype, args.device, script_args.cache_batch_size)
+    return CachedPairs(dataset, cache)
 
 
 def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
@@ -206,13 +222,14 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     if script_args.resume:
         start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
         sys.stderr.write(f"{output_dir}: training goes on {start}\n")
-    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=peft_config is not None)
+    ready = script_args.cache_dir is not None
+    pipeline = load_pipeline(script_args.model_name_or_path, args, peft_config is not None, text_encoders=not ready)
     dataset = load_dataset(script_args, args, pipeline)
     _check_identity(script_args, args, len(dataset), resumed=checkpoint is not None)
     if isinstance(dataset, MicroDataset):
         previews = micro_previews(args)
     else:
-        previews = pair_previews(dataset.pairs if isinstance(dataset, CachedPairs) else dataset, args)
+        previews = pair_previews(dataset, args)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.export(output_dir / "export")
@@ -254,7 +271,7 @@ def cache(argv: list[str]) -> int:
     if script_args.cache_dir is None or script_args.dataset_name == [MICRO]:
         found = "none" if script_args.cache_dir is None else "dataset_name micro"
         raise InputError("cache_dir", found=found, expected="a folder, and data of your own")
-    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True)
+    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True, text_encoders=False)
     for script_args, args in runs:
         dataset = load_dataset(script_args, args, pipeline)
         sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .data.cache import CachedPairs
 from .data.pairs import PairDataset
 from .data.sources import BrokenRow, read_pair
 from .flow_matching_config import FlowMatchingConfig
@@ -33,21 +34,24 @@ def micro_previews(args: FlowMatchingConfig):
     return preview
 
 
-def pair_previews(dataset: PairDataset, args: FlowMatchingConfig, each: int = 4):
+def pair_previews(dataset: PairDataset | CachedPairs, args: FlowMatchingConfig, each: int = 4):
     """Return a function `(pipeline, step) -> picture` that draws prompts and edits of the training data.
 
     A cell shows what was drawn; for an edit the source is on its left. `each` rows of each task are chosen by the
-    data's order alone, so runs on the same data show the same rows.
+    data's order alone, so runs on the same data show the same rows. Texts come out of the cache where there is one.
     """
-    cases = [case for task in (False, True) for case in _spread(dataset, task, each)]
+    cached = dataset if isinstance(dataset, CachedPairs) else None
+    pairs = dataset if cached is None else cached.pairs
+    cases = [case for task in (False, True) for case in _spread(pairs, task, each)]
 
     def preview(pipeline, step) -> Image.Image:
         pipeline.set_progress_bar_config(disable=True)
         cells = []
         edge = min(_THUMBNAIL, max(max(size) for _, _, size in cases))
         for i, (prompt, source, (width, height)) in enumerate(cases):
+            text = {"prompt": prompt} if cached is None else _cached_text(cached, pipeline, prompt, source is not None)
             image = pipeline(
-                prompt,
+                **text,
                 image=source,
                 height=height,
                 width=width,
@@ -60,6 +64,21 @@ def pair_previews(dataset: PairDataset, args: FlowMatchingConfig, each: int = 4)
         return contact_sheet(cells, columns=each, scale=1)
 
     return preview
+
+
+def _cached_text(cached: CachedPairs, pipeline, prompt: str, is_edit: bool) -> dict[str, torch.Tensor]:
+    """Return the arguments that stand for `prompt` and the pipeline's own negative prompt."""
+    negative = pipeline.default_negative_prompt(is_edit)
+    like = next(pipeline.transformer.parameters())
+    states, pooled, negative_states, negative_pooled = (
+        part[None].to(like) for part in (*cached.text_of(prompt), *cached.text_of(negative))
+    )
+    return {
+        "prompt_embeds": states,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative_states,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
 
 
 def _spread(dataset: PairDataset, task: bool, count: int) -> list[tuple[str, Image.Image | None, tuple[int, int]]]:

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTextModelWithProjection
 from unipic2.core.errors import InputError
+from unipic2.trainer import StableDiffusion3KontextPipeline
 from unipic2.trainer.data.buckets import aspect_buckets
-from unipic2.trainer.data.cache import Cache, build_cache, fingerprint, row_key
+from unipic2.trainer.data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complete, row_key
 from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.pretrain import cache, parse, pretrain
@@ -20,7 +22,10 @@ def open_pairs(pairs_file, **options):
 
 
 def build(pairs, pipe, folder, dtype=torch.float32, **options):
-    return build_cache(pairs, pipe, folder, dtype, CPU, **options)
+    cache = Cache(folder, "these encoders")
+    build_cache(pairs, cache, pipe, dtype, CPU, **options)
+    assert is_complete(cache, pairs, pipe)
+    return CachedPairs(pairs, cache)
 
 
 @torch.no_grad()
@@ -106,18 +111,44 @@ def test_only_what_is_new_is_encoded(make_small_pipeline, tmp_path, pairs_file):
 
 
 def test_other_encoders_are_refused(make_small_pipeline, tmp_path):
-    pipe = make_small_pipeline()
-    first = fingerprint(pipe, torch.float16)
-    assert first == fingerprint(make_small_pipeline(), torch.float16) != fingerprint(pipe, torch.float32)
+    pipe, types = make_small_pipeline(), (torch.float16, torch.float32)
+    pipe.save_pretrained(tmp_path / "model")
+    first = fingerprint(tmp_path / "model", *types)
+    assert first != fingerprint(tmp_path / "model", torch.float32, torch.float32)
+    assert first != fingerprint(tmp_path / "model", torch.float16, torch.bfloat16)
+    loaded = StableDiffusion3KontextPipeline.from_pretrained(tmp_path / "model")
+    loaded.save_trained(tmp_path / "exported", {"transformer"}, torch.float16)
+    assert first == fingerprint(tmp_path / "exported", *types), "the same encoders in the next stage of a run"
     Cache(tmp_path / "cache", first)
     with torch.no_grad():
         next(pipe.text_encoder.parameters()).view(-1)[0] += 1
+    pipe.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="cache_dir .*: found a cache that other encoders"):
-        Cache(tmp_path / "cache", fingerprint(pipe, torch.float16))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.txt").touch()
+        Cache(tmp_path / "cache", fingerprint(tmp_path / "other", *types))
+    config = tmp_path / "exported/vae/config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": ', '"scaling_factor": 2'))
+    assert first != fingerprint(tmp_path / "exported", *types)
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers/thesis.txt").touch()
     with pytest.raises(InputError, match="something that is no cache"):
-        Cache(tmp_path / "other", first)
+        Cache(tmp_path / "papers", first)
+
+
+def test_a_whole_cache_needs_no_text_encoder(make_small_pipeline, pairs_file, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    flags = ["--cache_dir", str(tmp_path / "cache"), "--preview_steps", "4"]
+    first = run(tmp_path, model, pairs_file, "first", *flags)
+    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    again = run(tmp_path, model, pairs_file, "again", *flags)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    grids = [(tmp_path / name / "previews/step_000004.png").read_bytes() for name in ("first", "again")]
+    assert grids[0] == grids[1]
+    monkeypatch.undo()
+    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"):
+        assert (tmp_path / "again/export" / part).read_bytes() == (model / part).read_bytes(), part
+    drawn = StableDiffusion3KontextPipeline.from_pretrained(tmp_path / "again/export")("a", height=64, width=64)
+    assert drawn.images[0].size == (64, 64)
 
 
 def test_a_shard_that_was_cut_off_is_named(make_small_pipeline, tmp_path):
@@ -141,6 +172,9 @@ def test_rows_found_broken_while_encoding_are_left_out(make_small_pipeline, pair
     cached = build(pairs, make_small_pipeline(), tmp_path / "cache")
     assert len(pairs) == 16 and len(cached) == 15 and 3 not in cached.rows
     assert f"{row_key(pairs, 3)} latents" not in cached.cache and list(pairs.broken) == [(0, 3)]
+    later = open_pairs(tmp_path / "d.jsonl", max_broken=0.1)
+    again = CachedPairs(later, cached.cache)
+    assert again.rows == cached.rows and later.broken == pairs.broken, "without opening the picture again"
 
 
 def test_the_command_encodes_ahead(make_small_pipeline, pairs_file, tmp_path, capsys):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from ...core.checkpoint import read_header, save_tensors
+from ...core.checkpoint import component_files, read_header, save_tensors
 from ...core.errors import InputError
 from ...core.files import write_file
 from .pairs import PairDataset
@@ -23,26 +23,40 @@ from .sources import BrokenRow
 
 _INDEX = "cache.json"
 _ROWS, _TEXTS = 256, 128  # entries of a shard
-_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_ENCODERS = ("vae", *(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
+_SETTINGS = (".json", ".txt", ".model")
 
 
-@torch.no_grad()
-def fingerprint(pipeline, dtype: torch.dtype) -> str:
-    """Return a digest of all that a cache's contents depend on beside the rows: encoders, tokenizers, stored type."""
-    digest = hashlib.blake2b(f"1 {dtype}".encode(), digest_size=16)
+def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype) -> str:
+    """Return a digest of all that a cache's contents depend on beside the rows. Nothing is loaded for it.
+
+    Args:
+        folder: pipeline in the published layout; files of its VAE, text encoders and tokenizers are read.
+        dtype: type in which latents and text states are stored.
+        encoder_dtype: type in which the encoders compute.
+    """
+    digest = hashlib.blake2b(f"2 {dtype} {encoder_dtype}".encode(), digest_size=16)
     for name in _ENCODERS:
-        module = getattr(pipeline, name, None)
-        for key, tensor in module.state_dict().items() if module is not None else ():
-            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    vae = pipeline.vae.config
-    digest.update(f"{vae.scaling_factor} {vae.shift_factor}".encode())
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is not None:
-            words = sorted(tokenizer.get_vocab().items())
-            digest.update(f"{name} {tokenizer.model_max_length} {words}".encode())
+        component = folder / name
+        if not component.is_dir():
+            continue
+        weights = [] if name.startswith("tokenizer") else component_files(component)
+        for file in [*weights, *sorted(f for f in component.iterdir() if f.suffix in _SETTINGS)]:
+            digest.update(f"{name}/{file.name}".encode())
+            _add_content(digest, file)
     return digest.hexdigest()
+
+
+def _add_content(digest, file: Path) -> None:
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):  # "_name_or_path" and the like say where a file was, not what it does
+            content = {key: value for key, value in content.items() if not key.startswith("_")}
+        digest.update(json.dumps(content, sort_keys=True).encode())
+        return
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
 
 
 class Cache:
@@ -111,39 +125,53 @@ def text_key(prompt: str) -> str:
     return f"text {hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()}"
 
 
+def is_complete(cache: Cache, dataset: PairDataset, pipeline) -> bool:
+    """Whether all that a run on a dataset needs of its pictures and texts is in the cache."""
+    return not _missing_rows(cache, dataset) and not _missing_texts(cache, dataset, pipeline)
+
+
+def _missing_rows(cache: Cache, dataset: PairDataset) -> list[int]:
+    keys = (row_key(dataset, i) for i in range(len(dataset)))
+    return [i for i, key in enumerate(keys) if f"{key} latents" not in cache and f"{key} broken" not in cache]
+
+
+def _missing_texts(cache: Cache, dataset: PairDataset, pipeline) -> list[str]:
+    texts = ["", *dataset.prompts]  # the empty one for caption dropout
+    if any(dataset.is_edit):
+        texts.append(pipeline.default_negative_prompt(is_edit=True))  # for previews
+    return [text for text in dict.fromkeys(texts) if f"{text_key(text)} states" not in cache]
+
+
 @torch.no_grad()
 def build_cache(
-    dataset: PairDataset, pipeline, folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int = 8
-) -> "CachedPairs":
-    """Encode what is not in the cache yet, and return the cached dataset.
+    dataset: PairDataset, cache: Cache, pipeline, dtype: torch.dtype, device: torch.device, batch_size: int = 8
+) -> None:
+    """Encode what is not in the cache yet.
 
     Args:
         dataset: the rows.
+        cache: of this pipeline's encoders.
         pipeline: its VAE and text encoders encode, and are back on the CPU afterwards.
-        folder: the cache.
         dtype: type in which latents and text states are stored.
         device: where encoding runs.
         batch_size: pictures, or texts, encoded at a time.
 
     Raises:
-        InputError: as `Cache` and `PairDataset`.
+        InputError: as `PairDataset`, or the cache cannot be written.
     """
-    cache = Cache(folder, fingerprint(pipeline, dtype))
     encoders = [pipeline.vae, *pipeline.text_encoders]
     for module in encoders:
         module.eval().to(device)
     try:
         _add_rows(cache, dataset, pipeline, dtype, device, batch_size)
-        _add_texts(cache, ["", *dataset.prompts], pipeline, dtype, device, batch_size)
+        _add_texts(cache, dataset, pipeline, dtype, device, batch_size)
     finally:
         for module in encoders:
             module.to("cpu")
-    return CachedPairs(dataset, cache)
 
 
 def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
-    missing = [i for i in range(len(dataset)) if f"{row_key(dataset, i)} latents" not in cache]
-    missing.sort(key=lambda i: dataset.buckets[i])
+    missing = sorted(_missing_rows(cache, dataset), key=lambda i: dataset.buckets[i])
     progress = tqdm(total=len(missing), desc="encoding pictures", unit="row", disable=not missing)
     for rows in _chunks(missing, _ROWS):
         tensors: dict[str, torch.Tensor] = {}
@@ -154,6 +182,9 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
                     samples.append((i, dataset.read(i)))
                 except BrokenRow as broken:
                     dataset.note_broken(i, str(broken))
+                    # Kept under the file's time and size: a mended one is read again.
+                    reason = torch.frombuffer(bytearray(str(broken).encode()), dtype=torch.uint8)
+                    tensors[f"{row_key(dataset, i)} broken"] = reason
             for name in ("", "ref_"):
                 for same in _same_size(
                     [(i, s[f"{name}pixel_values"]) for i, s in samples if f"{name}pixel_values" in s]
@@ -170,8 +201,8 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
     progress.close()
 
 
-def _add_texts(cache, prompts, pipeline, dtype, device, batch_size) -> None:
-    missing = [prompt for prompt in dict.fromkeys(prompts) if f"{text_key(prompt)} states" not in cache]
+def _add_texts(cache, dataset, pipeline, dtype, device, batch_size) -> None:
+    missing = _missing_texts(cache, dataset, pipeline)
     progress = tqdm(total=len(missing), desc="encoding texts", unit="text", disable=not missing)
     for texts in _chunks(missing, _TEXTS):
         tensors: dict[str, torch.Tensor] = {}
@@ -200,21 +231,26 @@ def _same_size(items: list[tuple[int, torch.Tensor]]) -> list[list[tuple[int, to
 class CachedPairs(torch.utils.data.Dataset):
     """Samples of a `PairDataset` with `latents`, `ref_latents` and `text` (states, pooled) out of a cache.
 
-    Rows that turned out broken while they were encoded are left out.
+    Rows that turned out broken while they were encoded are left out, and counted as broken.
     """
 
     def __init__(self, dataset: PairDataset, cache: Cache):
         self.pairs, self.cache = dataset, cache
-        self.rows = [i for i in range(len(dataset)) if f"{row_key(dataset, i)} latents" in cache]
+        keys = [row_key(dataset, i) for i in range(len(dataset))]
+        self.rows = [i for i, key in enumerate(keys) if f"{key} latents" in cache]
+        for i, key in enumerate(keys):
+            if f"{key} broken" in cache:
+                dataset.note_broken(i, bytes(cache[f"{key} broken"].tolist()).decode())
         self.is_edit = [dataset.is_edit[i] for i in self.rows]
         self.buckets = [dataset.buckets[i] for i in self.rows]
 
     @cached_property
     def empty_text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """States (L, D) and pooled (P,) of the empty prompt, for caption dropout."""
-        return self._text("")
+        return self.text_of("")
 
-    def _text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def text_of(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (L, D) and pooled (P,) of a prompt of the data, "" or the negative prompt of edits."""
         return tuple(self.cache[f"{text_key(prompt)} {part}"].float() for part in ("states", "pooled"))
 
     def __len__(self) -> int:
@@ -223,7 +259,7 @@ class CachedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         key, prompt = row_key(self.pairs, row), self.pairs.prompts[row]
-        sample = {"prompt": prompt, "text": self._text(prompt), "source_id": self.pairs.source_ids[row]}
+        sample = {"prompt": prompt, "text": self.text_of(prompt), "source_id": self.pairs.source_ids[row]}
         sample["latents"] = self.cache[f"{key} latents"].float()
         if self.is_edit[index]:
             sample["ref_latents"] = self.cache[f"{key} ref_latents"].float()
