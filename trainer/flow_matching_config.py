@@ -9,6 +9,14 @@ from ..core.micro import SHIFT
 from .adapters import TRAINABLE
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 
+ATTENTION_BACKENDS = {
+    "auto": None,
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "math": "MATH",
+}
+"""Names of torch's kernels for attention, as in `torch.nn.attention.SDPBackend`; `auto` lets torch choose."""
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -82,6 +90,10 @@ class FlowMatchingConfig(TrainingArguments):
             "learning_rate; both have AdamW's scale. None trains everything with `optim`."
         },
     )
+    attention_backend: str = field(
+        default="auto",
+        metadata={"help": "torch's kernel for attention in training: auto, flash, efficient, cudnn or math."},
+    )
     use_ema: bool = field(default=True, metadata={"help": "Keep an average of the weights; it is what is exported."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average for each optimizer step."})
     ema_update_steps: int = field(default=1, metadata={"help": "Optimizer steps between updates of the average."})
@@ -104,6 +116,7 @@ class FlowMatchingConfig(TrainingArguments):
         super().__post_init__()
         check_one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
+        check_one_of("attention_backend", self.attention_backend, tuple(ATTENTION_BACKENDS))
         check_one_of("trainable", self.trainable, TRAINABLE)
         check_one_of("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         shares = ("caption_dropout", "edit_caption_dropout", "reference_dropout", "unmasked_weight", "edit_ratio")
@@ -111,6 +124,9 @@ class FlowMatchingConfig(TrainingArguments):
             check_share(name, getattr(self, name))
         if not self.shift > 0:  # also true for nan
             raise InputError("shift", found=self.shift, expected="a number above 0 (1 is no shift)")
+        if self.use_ema and "schedule_free" in self.optim.value:
+            expected = "use_ema: false, as this optimizer averages the weights by itself"
+            raise InputError("use_ema", found=f"true with optim {self.optim.value}", expected=expected)
         if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
             expected = "a number above 0, or null for `optim` alone"
             raise InputError("muon_learning_rate", found=self.muon_learning_rate, expected=expected)

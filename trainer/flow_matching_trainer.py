@@ -13,6 +13,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,17 +23,19 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..core.checkpoint import cast_file, read_header, save_tensors
 from ..core.errors import InputError
-from ..core.files import cannot_write, check_replaceable
+from ..core.files import cannot_write, check_replaceable, write_file
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, interpolate, resolution_shift
 from .adapters import prepare, save_lora
 from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
 from .ema import EMA_FILE, EMACallback
-from .flow_matching_config import FlowMatchingConfig
+from .flow_matching_config import ATTENTION_BACKENDS, FlowMatchingConfig
+from .hub import HUB_ERRORS, hub_error
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .muon import MuonWithAdamW, is_block_matrix
 from .objective import contrastive_error, loss_weights, sample_sigmas, squared_error
@@ -173,9 +177,14 @@ class FlowMatchingTrainer(Trainer):
             self.ema = EMACallback(model, args.ema_decay, args.ema_update_steps, args.ema_on_cpu)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._throughput = _Throughput()
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
-        )
+        try:
+            super().__init__(
+                model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
+            )
+        except RuntimeError as error:  # what transformers' loggers say of a missing package
+            if "to be installed" not in str(error):
+                raise
+            raise InputError("report_to", found=str(error), remedy="Install it, or choose another one.") from None
         if self.ema is not None:
             self.add_callback(self.ema)
         self.add_callback(ReportCallback())
@@ -223,7 +232,12 @@ class FlowMatchingTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, or Muon with AdamW where `muon_learning_rate` is set."""
         if self.args.muon_learning_rate is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            try:
+                return super().create_optimizer(model)
+            except (ImportError, ValueError) as error:
+                found = " ".join(str(error).split())
+                remedy = "Install its package, or take adamw_torch_fused or adafactor."
+                raise InputError(f"optim {self.args.optim.value}", found=found, remedy=remedy) from error
         model = self.model if model is None else model
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         decayed = set(self.get_decay_parameter_names(model))
@@ -250,6 +264,24 @@ class FlowMatchingTrainer(Trainer):
             return self.args.shift
         num_tokens = latents.shape[-2] * latents.shape[-1] // self.pipeline.patch_size**2
         return resolution_shift(num_tokens, self.args.base_shift, self.args.max_shift)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Do a step with `attention_backend`, in the backward pass too: checkpointed blocks are recomputed there.
+
+        Raises:
+            InputError: there is no such kernel for the device, type or shape.
+        """
+        name = self.args.attention_backend
+        if name == "auto":
+            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            with sdpa_kernel(getattr(SDPBackend, ATTENTION_BACKENDS[name])):
+                return super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("No available kernel", "No viable backend")):
+                raise
+            found = f"{name}, which torch does not have for this device, type or shape"
+            raise InputError("attention_backend", found=found, remedy="Take auto.") from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted squared error of the velocity `noise - latents` (SD3, arXiv 2403.03206, section 2).
@@ -361,7 +393,7 @@ class FlowMatchingTrainer(Trainer):
         if state_dict is not None:
             super()._save(output_dir, state_dict)  # sharded over processes: their library has gathered it
             return
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._trained_model()
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
 
@@ -381,7 +413,7 @@ class FlowMatchingTrainer(Trainer):
         Raises:
             InputError: the checkpoint is of other weights than those that are trained now.
         """
-        trained = {n: p for n, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self._trained_model().named_parameters() if p.requires_grad}
         shapes = {name: tuple(p.shape) for name, p in trained.items()}
         if read_header(path).shapes != shapes:
             remedy = "Resume with the settings it was made with (trainable, use_peft, lora_r, ...)."
@@ -390,11 +422,54 @@ class FlowMatchingTrainer(Trainer):
         for name, tensor in load_file(path).items():
             trained[name].copy_(tensor)
 
-    def export(self, folder: str | Path) -> None:
+    def _trained_model(self) -> KontextForTraining:
+        """The model under the wrappers of accelerate and torch.compile, which change the names of its weights."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Hold the averaged weights in the model meanwhile: ours, or those of a schedule-free optimizer."""
+        model, optimizer = self._trained_model(), getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.ema is not None:
+            self.ema.swap_in(model)
+            try:
+                yield
+            finally:
+                self.ema.swap_out(model)
+        elif callable(getattr(optimizer, "eval", None)):
+            # Its way back rounds, and a run would depend on its previews: so the weights are kept.
+            kept = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+            optimizer.eval()
+            try:
+                yield
+            finally:
+                optimizer.train()
+                with torch.no_grad():
+                    torch._foreach_copy_([p for p in model.parameters() if p.requires_grad], kept)
+        else:
+            yield
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the hub repository before training starts, so that what is wrong with it is known in time.
+
+        Raises:
+            InputError: the hub cannot be reached or does not take the name.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except HUB_ERRORS as error:
+            name = self.args.hub_model_id or Path(self.args.output_dir).name
+            remedy = "`hf auth login`, or take push_to_hub out and upload the export yourself."
+            raise hub_error(name, error, remedy) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints stay here; what is pushed is the export (`pretrain`)."""
+
+    def export(self, folder: str | Path, card: str | None = None) -> None:
         """Write the model in the published layout, or its LoRA (`adapters.save_lora`); all or nothing.
 
         Averaged weights are written where there are any. An exported pipeline in `folder` is replaced. Of several
-        processes the first one writes.
+        processes the first one writes. `card` becomes its README.md.
 
         Raises:
             InputError: `folder` holds something else, cannot be written, or the disk is full; what was there stays.
@@ -403,20 +478,13 @@ class FlowMatchingTrainer(Trainer):
             return
         folder = Path(folder).absolute()
         check_replaceable(folder)
-        model = self.accelerator.unwrap_model(self.model)
-        if self.ema is not None:
-            self.ema.swap_in(model)
         unfinished, dtype = folder.with_name(f".{folder.name}.unfinished"), getattr(torch, self.args.export_dtype)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            if self.peft_config is not None:
-                method = {"unipic2.method": "flow matching", "unipic2.step": str(self.state.global_step)}
-                save_lora(self.pipeline, unfinished, method)
-                for file in unfinished.rglob("*.safetensors"):
-                    cast_file(file, dtype)
-            else:
-                trained = {"transformer", "text_encoder"} if self.args.train_text_encoder else {"transformer"}
-                self.pipeline.save_trained(unfinished, trained, dtype)
+            with self.averaged_weights():
+                self._write_export(unfinished, dtype)
+            if card is not None:
+                write_file(unfinished / "README.md", card)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
@@ -424,8 +492,17 @@ class FlowMatchingTrainer(Trainer):
             raise cannot_write(folder, error) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if self.ema is not None:
-                self.ema.swap_out(model)
+
+    def _write_export(self, folder: Path, dtype: torch.dtype) -> None:
+        if self.peft_config is None:
+            trained = {"transformer", "text_encoder"} if self.args.train_text_encoder else {"transformer"}
+            self.pipeline.save_trained(folder, trained, dtype)
+            return
+        save_lora(
+            self.pipeline, folder, {"unipic2.method": "flow matching", "unipic2.step": str(self.state.global_step)}
+        )
+        for file in folder.rglob("*.safetensors"):
+            cast_file(file, dtype)
 
 
 class _Throughput:
@@ -458,7 +535,7 @@ class _Throughput:
 
 
 class _PreviewCallback(TrainerCallback):
-    """Draws the fixed-seed grid with the averaged weights, to `previews/` and to TensorBoard."""
+    """Draws the fixed-seed grid with the averaged weights, to `previews/` and to the loggers that show pictures."""
 
     def __init__(self, trainer: FlowMatchingTrainer):
         self.trainer = trainer
@@ -473,32 +550,33 @@ class _PreviewCallback(TrainerCallback):
         with torch.random.fork_rng():
             for module in helpers:
                 module.to(args.device)
-            if trainer.ema is not None:
-                trainer.ema.swap_in(model)
             model.eval()
             types = {module.dtype for module in (trainer.pipeline.transformer, *helpers)}
             try:
-                with torch.autocast(args.device.type, torch.bfloat16, enabled=len(types) > 1):
+                autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=len(types) > 1)
+                with trainer.averaged_weights(), autocast:
                     grid = trainer.previews(trainer.pipeline, state.global_step)
             except RuntimeError as error:  # such as too little memory: no reason to lose a run
                 sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
                 return
             finally:
                 model.train()
-                if trainer.ema is not None:
-                    trainer.ema.swap_out(model)
                 for module, place in zip(helpers, places, strict=True):
                     module.to(place)
         folder = Path(args.output_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{state.global_step:06d}.png"
         grid.save(path)
-        self._to_tensorboard(grid, state.global_step)
+        self._to_loggers(grid, state.global_step)
 
-    def _to_tensorboard(self, grid, step: int) -> None:
+    def _to_loggers(self, grid, step: int) -> None:
         from numpy import asarray
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("previews", asarray(grid), step, dataformats="HWC")
+            elif isinstance(callback, WandbCallback) and callback._wandb.run is not None:
+                callback._wandb.log({"previews": callback._wandb.Image(grid), "train/global_step": step})
+            elif isinstance(callback, TrackioCallback) and callback._initialized:
+                callback._trackio.log({"previews": callback._trackio.Image(asarray(grid))}, step=step)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderTiny
 from peft import LoraConfig
 from trl import TrlParser
@@ -16,10 +17,11 @@ from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
 from .data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complete
-from .data.pairs import PairDataset
+from .data.pairs import PairDataset, measure_sources
 from .data.sources import open_sources
 from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
+from .hub import model_card, push
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
@@ -188,13 +190,24 @@ def load_dataset(
         found = f"buckets of up to {longest} pixels"
         remedy = "Lower it, or max_aspect."
         raise InputError("resolution", found=found, expected=f"at most {most}, the model's positions", remedy=remedy)
-    dataset = PairDataset(sources, buckets, script_args.max_broken, script_args.preprocessing_num_workers)
-    sys.stderr.write(f"{dataset.summary()}\n")
+    dataset = _measured_pairs(sources, buckets, script_args, args)
     if script_args.cache_dir is None:
         return dataset
     if args.train_text_encoder:
         raise InputError("cache_dir", found="train_text_encoder too", expected="frozen text encoders")
     return _cached(dataset, script_args, args, pipeline)
+
+
+def _measured_pairs(sources, buckets, script_args: PretrainArguments, args: FlowMatchingConfig) -> PairDataset:
+    """Return the rows. Of several processes the first one reads all headers, and tells the others or what is wrong."""
+    dataset, measured = None, [None]
+    if args.process_index == 0:
+        measured = [measure_sources(sources, script_args.preprocessing_num_workers)]
+        dataset = PairDataset(sources, buckets, script_args.max_broken, measured[0])
+        sys.stderr.write(f"{dataset.summary()}\n")
+    if args.world_size > 1:
+        broadcast_object_list(measured)
+    return dataset if dataset is not None else PairDataset(sources, buckets, script_args.max_broken, measured[0])
 
 
 def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline) -> CachedPairs:
@@ -232,7 +245,11 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
         previews = pair_previews(dataset, args)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.export(output_dir / "export")
+    steps, lora = trainer.state.global_step, peft_config is not None
+    card = model_card(script_args.model_name_or_path, script_args.dataset_name, args, steps, lora)
+    trainer.export(output_dir / "export", card)
+    if args.push_to_hub and args.process_index == 0:
+        sys.stdout.write(f"{push(output_dir / 'export', trainer.hub_model_id, args.hub_token)}\n")
     return output_dir / "export"
 
 

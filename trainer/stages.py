@@ -70,12 +70,15 @@ def parse_stages(argv: list[str], parse) -> list[tuple] | None:
             path.write_text(yaml.safe_dump({**common, **stage}), encoding="utf-8")
             flags = [*argv[:place], str(path), *argv[place + 1 :]]
             try:
-                output_dir = output_dir or Path(parse(flags)[1].output_dir)
+                whole = parse(flags)[1]
+                output_dir = output_dir or Path(whole.output_dir)
                 flags += ["--output_dir", str(output_dir / f"stage-{number + 1}")]
                 if number:
                     flags += ["--model_name_or_path", str(output_dir / f"stage-{number}" / "export")]
                 if number + 1 < len(stages):
-                    flags += ["--export_dtype", "float32"]
+                    flags += ["--export_dtype", "float32", "--push_to_hub", "false"]
+                elif whole.push_to_hub and whole.hub_model_id is None:
+                    flags += ["--hub_model_id", output_dir.resolve().name]
                 parsed.append(parse(flags))
             except InputError as error:
                 raise InputError(f"{_KEY}[{number}]: {str(error).rstrip('.')}") from None

@@ -12,7 +12,7 @@ from PIL import Image
 from unipic2.core.errors import InputError
 from unipic2.trainer.cli import main
 from unipic2.trainer.data.buckets import aspect_buckets, nearest_bucket
-from unipic2.trainer.data.check import check
+from unipic2.trainer.data.check import check, summary
 from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.sources import BrokenRow, find_columns, open_source, read_pair
 
@@ -348,6 +348,16 @@ def test_the_check_sees_edits_of_another_shape(tmp_path):
     rows = [{"prompt": "a", "src_img": "wide.png", "edited_img": name} for name in ("wide.png", "tall.png")]
     report = check([open_source(write_jsonl(tmp_path / "d.jsonl", rows))], aspect_buckets(64, max_aspect=4))
     assert report["edits"] == 2 and report["edits_with_another_shape"] == 1
+
+
+@pytest.mark.parametrize(("white", "dark"), [(255, 0), (1, 1)])
+def test_the_check_sees_masks_of_zeros_and_ones(tmp_path, white, dark):
+    for name, value in (("a", 90), ("m", white)):
+        Image.new("L", (64, 64), value).save(tmp_path / f"{name}.png")
+    row = {"prompt": "x", "src_img": "a.png", "edited_img": "a.png", "mask": "m.png"}
+    report = check([open_source(write_jsonl(tmp_path / "d.jsonl", [row]))], aspect_buckets(64))
+    assert report["masks_without_white"] == dark
+    assert ("masks without white" in summary(report)) == bool(dark)
 
 
 def test_the_command(tmp_path, capsys):

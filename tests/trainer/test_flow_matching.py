@@ -417,6 +417,69 @@ def test_both_rates_follow_the_schedule(make_trainer):
 # Averages and export
 
 
+def test_a_compiled_run_is_the_plain_one_and_goes_on_without(make_trainer):
+    """torch.compile's own backend is left out: here its wrapper counts, which changes the names of weights."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    plain, fast = trained(make_trainer("plain")), trained(make_trainer("fast", **compiled, **saving))
+    assert weights(plain).keys() == dict(fast._trained_model().named_parameters()).keys()
+    assert not differences(weights(plain), dict(fast._trained_model().named_parameters()))
+    resumed = make_trainer("fast")
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert not differences(weights(plain), weights(resumed)) and not differences(averages(plain), averages(resumed))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kernel_of_attention_is_chosen(make_trainer, checkpointing):
+    settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "train_text_encoder": False}
+    auto, math = (
+        trained(make_trainer(name, attention_backend=name, **settings)) for name in ("auto", "math")
+    )  # fmt: skip
+    pairs = list(zip(weights(auto).values(), weights(math).values(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in pairs), "another kernel rounds in another way"
+    assert all((a - b).abs().max() < 1e-3 for a, b in pairs)
+
+
+def test_a_kernel_that_there_is_not(make_trainer):
+    with pytest.raises(InputError, match="attention_backend: found cudnn, which torch does not have"):
+        make_trainer(attention_backend="cudnn").train()
+    with pytest.raises(InputError, match="attention_backend: found 'fast'"):
+        make_trainer(attention_backend="fast")
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "schedule_free_adamw", "adamw_torch_fused"])
+def test_optimizers_of_libraries(make_trainer, optim):
+    settings = {"optim": optim, "lr_scheduler_type": "constant", "max_steps": 12, "learning_rate": 3e-3}
+    trainer = make_trainer(use_ema=False, **settings)
+    before = loss_on_fixed_noise(trainer)
+    trainer.train()
+    assert loss_on_fixed_noise(trainer) < before
+
+
+def test_a_schedule_free_optimizer_exports_its_own_average(make_trainer, tmp_path):
+    settings = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "export_dtype": "float32"}
+    trainer = trained(make_trainer(use_ema=False, **settings))
+    current = weights(trainer)
+    trainer.export(tmp_path / "out")
+    file = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    file = {name: file[name.removeprefix("transformer.")] for name in current if name.startswith("transformer.")}
+    assert not differences(current, weights(trainer)), "training could go on"
+    assert any(not torch.equal(file[name], current[name]) for name in file)
+    trainer.optimizer.eval()
+    assert all(torch.equal(file[name], weights(trainer)[name]) for name in file)
+    with pytest.raises(InputError, match="use_ema: found true .* averages the weights by itself"):
+        make_trainer(**settings)
+
+
+def test_packages_that_are_missing(make_trainer, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda *args: False)
+    with pytest.raises(InputError, match="optim adamw_8bit: found .*bitsandbytes"):
+        make_trainer(optim="adamw_8bit").train()
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_comet_available", lambda: False)
+    with pytest.raises(InputError, match="report_to: found .*comet.*to be installed"):
+        make_trainer(report_to="comet_ml")
+
+
 def test_the_average_follows_its_formula(make_trainer):
     trajectory = []
 

@@ -15,11 +15,14 @@ from .sources import ROLES, BrokenRow, Source, measure, picture_of, read_pair
 _LISTED = 200  # broken rows written to the report
 _THUMBNAIL = 160
 _CELLS = 24
+_WHITE = 128  # what is darker everywhere masks out the whole picture
 
 
 def inspect_row(row: dict, columns, root: Path) -> dict:
-    """Decode a row and return what `check` counts: as `measure`, with the source's size and a digest of it all."""
-    found = {**measure(row, columns, root), "source_width": 0, "source_height": 0, "digest": ""}
+    """Decode a row and return what `check` counts: as `measure`, with the source's size, a digest of it all, and
+    `dark_mask`: whether its mask has no white (such as masks of the values 0 and 1).
+    """
+    found = {**measure(row, columns, root), "source_width": 0, "source_height": 0, "digest": "", "dark_mask": False}
     if found["error"]:
         return found
     try:
@@ -33,6 +36,8 @@ def inspect_row(row: dict, columns, root: Path) -> dict:
             digest.update(place[0].read_bytes() if isinstance(place[0], Path) else place[0].getvalue())
     if pair.source is not None:
         found |= {"source_width": pair.source.width, "source_height": pair.source.height}
+    if pair.mask is not None:
+        found["dark_mask"] = pair.mask.getextrema()[1] < _WHITE
     return {**found, "digest": digest.hexdigest()}
 
 
@@ -46,12 +51,12 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
 
     Returns:
         A report, ready for JSON: counts, sizes in pixels, buckets, upscaled rows, edits whose source has another
-        shape, duplicates, broken rows by reason and one by one (the first 200).
+        shape, masks without white, duplicates, broken rows by reason and one by one (the first 200).
     """
     report: dict = {"sources": [], "rows": 0, "t2i": 0, "edits": 0, "broken": 0, "broken_rows": []}
     kinds: dict[str, Counter] = {"t2i": Counter(), "edits": Counter()}
     reasons, digests = Counter(), defaultdict(list)
-    widths, heights, upscaled, reshaped = [], [], 0, 0
+    widths, heights, upscaled, reshaped, dark = [], [], 0, 0, 0
     for source in sources:
         found = source.map(inspect_row, "reading rows", num_proc)
         columns = {role: getattr(source.columns, role) for role in ROLES}
@@ -71,6 +76,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
             widths.append(row["width"])
             heights.append(row["height"])
             upscaled += row["width"] < size[0] or row["height"] < size[1]
+            dark += row["dark_mask"]
             if row["is_edit"]:
                 reshaped += nearest_bucket(row["source_width"], row["source_height"], buckets) != size
             digests[row["digest"]].append((source.name, number))
@@ -79,6 +85,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
     report["buckets"] = {task: dict(sizes.most_common()) for task, sizes in kinds.items()}
     report["upscaled"] = upscaled
     report["edits_with_another_shape"] = reshaped
+    report["masks_without_white"] = dark
     report["duplicates"] = sum(len(places) - 1 for places in repeated)
     report["duplicate_examples"] = [[f"{name}:{row}" for name, row in places[:4]] for places in repeated[:20]]
     report["broken_reasons"] = dict(reasons.most_common())
@@ -114,6 +121,8 @@ def summary(report: dict) -> str:
     lines.append(f"smaller than their bucket, would be enlarged: {report['upscaled']}")
     if report["edits"]:
         lines.append(f"edits whose source has another shape than the target: {report['edits_with_another_shape']}")
+    if report["masks_without_white"]:
+        lines.append(f"masks without white, which learn nothing (0 and 1?): {report['masks_without_white']}")
     lines.append(f"duplicates: {report['duplicates']}")
     lines.append(f"broken: {report['broken']}")
     lines += [f"  {count} x {reason}" for reason, count in report["broken_reasons"].items()]

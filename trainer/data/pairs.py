@@ -15,6 +15,11 @@ from .sources import BrokenRow, Source, measure, read_pair
 _LATENT_FACTOR = 8  # pixels of a latent's edge
 
 
+def measure_sources(sources: list[Source], num_proc: int | None = None) -> list[dict[str, list]]:
+    """Return what `measure` says of each source's rows, as columns; headers are read in `num_proc` processes."""
+    return [source.map(measure, "reading sizes", num_proc).to_dict() for source in sources]
+
+
 class PairDataset(torch.utils.data.Dataset):
     """Samples for `FlowMatchingTrainer`: `prompt`, `pixel_values`, for edits `ref_pixel_values`, `source_id`.
 
@@ -28,7 +33,7 @@ class PairDataset(torch.utils.data.Dataset):
         sources: opened datasets, mixed.
         buckets: sizes from `aspect_buckets`.
         max_broken: share of broken rows, 0 to 1, above which training stops.
-        num_proc: processes that read headers; None reads in this one.
+        measured: what `measure_sources` says of the sources; None asks it now.
 
     Raises:
         InputError: too many broken rows, or none whole.
@@ -39,7 +44,7 @@ class PairDataset(torch.utils.data.Dataset):
         sources: list[Source],
         buckets: list[tuple[int, int]],
         max_broken: float = 0.01,
-        num_proc: int | None = None,
+        measured: list[dict[str, list]] | None = None,
     ):
         self.sources, self.max_broken = sources, max_broken
         self.places: list[tuple[int, int]] = []
@@ -50,16 +55,16 @@ class PairDataset(torch.utils.data.Dataset):
         self.keys: list[str] = []
         self.broken: dict[tuple[int, int], str] = {}
         self.num_rows = sum(len(source.rows) for source in sources)
-        for number, source in enumerate(sources):
-            self._measure(number, source, buckets, num_proc)
+        for number, columns in enumerate(measure_sources(sources) if measured is None else measured):
+            self._take(number, columns, buckets)
         self._check_broken()
         self.groups = defaultdict(list)
         for index, key in enumerate(zip(self.is_edit, self.buckets, strict=True)):
             self.groups[key].append(index)
 
-    def _measure(self, number: int, source: Source, buckets: list[tuple[int, int]], num_proc: int | None) -> None:
-        measured = source.map(measure, "reading sizes", num_proc)
-        for row, found in enumerate(measured):
+    def _take(self, number: int, columns: dict[str, list], buckets: list[tuple[int, int]]) -> None:
+        for row, values in enumerate(zip(*columns.values(), strict=True)):
+            found = dict(zip(columns, values, strict=True))
             if found["error"]:
                 self.broken[number, row] = found["error"]
                 continue
