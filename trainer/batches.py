@@ -18,6 +18,18 @@ def derived_seed(seed: int, purpose: int) -> int:
     return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def tasks_of_turn(turn: int, edit_ratio: float, num_processes: int) -> list[bool]:
+    """Return which blocks of a turn, one for each process, are edits: any run of blocks has the ratio within one."""
+    blocks = range(turn * num_processes, (turn + 1) * num_processes)
+    return [int((b + 1) * edit_ratio) > int(b * edit_ratio) for b in blocks]
+
+
+def rotated(blocks: list, turn: int) -> list:
+    """Return a turn's blocks so that, over several turns, each process gets as many edits."""
+    start = turn % len(blocks)
+    return blocks[start:] + blocks[:start]
+
+
 class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
     """Yields draws `(index, seed)` in blocks of `block_size` of one task and one bucket.
 
@@ -83,10 +95,7 @@ class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
     def _tasks(self) -> Iterator[bool]:
         for turn in count():
-            blocks = range(turn * self.num_processes, (turn + 1) * self.num_processes)
-            tasks = [int((b + 1) * self.edit_ratio) > int(b * self.edit_ratio) for b in blocks]
-            rotation = turn % self.num_processes
-            yield from tasks[rotation:] + tasks[:rotation]
+            yield from rotated(tasks_of_turn(turn, self.edit_ratio, self.num_processes), turn)
 
     def _blocks(self, groups: list[torch.Tensor], generator: torch.Generator) -> Iterator[torch.Tensor]:
         left = [group[:0] for group in groups]

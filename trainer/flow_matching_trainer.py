@@ -33,6 +33,7 @@ from ..core.files import cannot_write, check_replaceable, write_file
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, interpolate, resolution_shift
 from .adapters import prepare, save_lora
 from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
+from .data.stream import StreamedPairs
 from .ema import EMA_FILE, EMACallback
 from .flow_matching_config import ATTENTION_BACKENDS, FlowMatchingConfig
 from .hub import HUB_ERRORS, hub_error
@@ -175,6 +176,12 @@ class FlowMatchingTrainer(Trainer):
         self.ema = None
         if args.use_ema:
             self.ema = EMACallback(model, args.ema_decay, args.ema_update_steps, args.ema_on_cpu)
+        # A stream goes on by its own state: nothing is drawn only to be skipped.
+        self._is_streamed, self._stream, self._resumed_from = isinstance(train_dataset, StreamedPairs), None, None
+        if self._is_streamed:
+            args.ignore_data_skip = True
+            if args.max_steps <= 0:
+                raise InputError("max_steps", found=args.max_steps, expected="at least 1, as a stream has no end")
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._throughput = _Throughput()
         try:
@@ -360,11 +367,19 @@ class FlowMatchingTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Return transformers' loader over draws that carry their own seeds."""
-        draws = SeededDraws(self.train_dataset)
+        draws = self.train_dataset if self._is_streamed else SeededDraws(self.train_dataset)
         return self._get_dataloader(draws, "Training", self._train_batch_size, self._get_train_sampler, True)
 
-    def _get_train_sampler(self, train_dataset=None) -> TaskBlockSampler:
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         data, args = self.train_dataset, self.args
+        if self._is_streamed:
+            ahead = args.gradient_accumulation_steps + args.dataloader_num_workers * (
+                args.dataloader_prefetch_factor or 2
+            )
+            self._stream = data.sampler(self._train_batch_size, args.edit_ratio, args.seed, args.world_size, ahead + 4)
+            if self._resumed_from is not None:
+                self._stream.load(self._resumed_from)
+            return self._stream
         buckets = getattr(data, "buckets", None)
         return TaskBlockSampler(
             data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size
@@ -390,6 +405,8 @@ class FlowMatchingTrainer(Trainer):
         if self.ema is not None:
             # Here and not after the save: transformers then already deletes older checkpoints.
             self.ema.save(folder)
+        if self._stream is not None:
+            self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
         if state_dict is not None:
             super()._save(output_dir, state_dict)  # sharded over processes: their library has gathered it
             return
@@ -398,7 +415,7 @@ class FlowMatchingTrainer(Trainer):
         save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
+        folder = self._resumed_from = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

@@ -18,7 +18,8 @@ from .adapters import lora_config
 from .data.buckets import aspect_buckets
 from .data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complete
 from .data.pairs import PairDataset, measure_sources
-from .data.sources import open_sources
+from .data.sources import open_source, open_sources
+from .data.stream import StreamedPairs, open_stream
 from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
 from .hub import model_card, push
@@ -73,6 +74,13 @@ class PretrainArguments:
         default="float16", metadata={"help": "Type of what is cached: float32, float16 or bfloat16."}
     )
     cache_batch_size: int = field(default=8, metadata={"help": "Pictures, or texts, encoded at a time."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data as it comes, without a pass over it before training; needs max_steps."},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "streaming: rows of a task among which a batch is drawn."}
+    )
     max_broken: float = field(
         default=0.01, metadata={"help": "Share of rows, 0 to 1, that may be broken; above it training stops."}
     )
@@ -98,6 +106,11 @@ class PretrainArguments:
         check_one_of("cache_dtype", self.cache_dtype, EXPORT_DTYPES)
         if self.cache_batch_size < 1:
             raise InputError("cache_batch_size", found=self.cache_batch_size, expected="at least 1")
+        if self.shuffle_buffer_size < 1:
+            raise InputError("shuffle_buffer_size", found=self.shuffle_buffer_size, expected="at least 1")
+        if self.streaming and (self.cache_dir is not None or MICRO in self.dataset_name):
+            found = "dataset_name micro too" if self.cache_dir is None else "cache_dir too"
+            raise InputError("streaming", found=found, expected="data of your own, encoded as it comes")
         for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else value)
@@ -168,7 +181,7 @@ def load_pipeline(
 
 def load_dataset(
     script_args: PretrainArguments, args: FlowMatchingConfig, pipeline
-) -> MicroDataset | PairDataset | CachedPairs:
+) -> MicroDataset | PairDataset | CachedPairs | StreamedPairs:
     """Return the training data; under `cache_dir` it is encoded first, by the first process alone.
 
     Raises:
@@ -179,8 +192,8 @@ def load_dataset(
             found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
             raise InputError("model_name_or_path", found=found, expected=expected)
         return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
-    split = script_args.dataset_split
-    sources = open_sources(script_args.dataset_name, script_args.image_root, split, script_args)
+    named = (script_args.dataset_name, script_args.image_root, script_args.dataset_split, script_args)
+    sources = open_sources(*named, open_one=open_stream if script_args.streaming else open_source)
     if args.unmasked_weight == 1:
         sources = [replace(source, columns=replace(source.columns, mask=None)) for source in sources]
     buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
@@ -190,6 +203,9 @@ def load_dataset(
         found = f"buckets of up to {longest} pixels"
         remedy = "Lower it, or max_aspect."
         raise InputError("resolution", found=found, expected=f"at most {most}, the model's positions", remedy=remedy)
+    if script_args.streaming:
+        pool = script_args.shuffle_buffer_size
+        return StreamedPairs(sources, buckets, script_args.max_broken, pool, quiet=args.process_index > 0)
     dataset = _measured_pairs(sources, buckets, script_args, args)
     if script_args.cache_dir is None:
         return dataset
@@ -238,7 +254,8 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     ready = script_args.cache_dir is not None
     pipeline = load_pipeline(script_args.model_name_or_path, args, peft_config is not None, text_encoders=not ready)
     dataset = load_dataset(script_args, args, pipeline)
-    _check_identity(script_args, args, len(dataset), resumed=checkpoint is not None)
+    rows = None if script_args.streaming else len(dataset)
+    _check_identity(script_args, args, rows, resumed=checkpoint is not None)
     if isinstance(dataset, MicroDataset):
         previews = micro_previews(args)
     else:
@@ -253,7 +270,7 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     return output_dir / "export"
 
 
-def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, rows: int, resumed: bool) -> None:
+def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, rows: int | None, resumed: bool) -> None:
     """Keep in `output_dir` what makes a run the run it is, and compare it where one goes on.
 
     Raises:

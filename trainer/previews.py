@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from .data.cache import CachedPairs
 from .data.pairs import PairDataset
 from .data.sources import BrokenRow, read_pair
+from .data.stream import StreamedPairs
 from .flow_matching_config import FlowMatchingConfig
 from .micro.evaluate import draw, judge
 from .micro.sheet import result_sheet
@@ -34,15 +35,23 @@ def micro_previews(args: FlowMatchingConfig):
     return preview
 
 
-def pair_previews(dataset: PairDataset | CachedPairs, args: FlowMatchingConfig, each: int = 4):
+def pair_previews(dataset: PairDataset | CachedPairs | StreamedPairs, args: FlowMatchingConfig, each: int = 4):
     """Return a function `(pipeline, step) -> picture` that draws prompts and edits of the training data.
 
     A cell shows what was drawn; for an edit the source is on its left. `each` rows of each task are chosen by the
     data's order alone, so runs on the same data show the same rows. Texts come out of the cache where there is one.
     """
     cached = dataset if isinstance(dataset, CachedPairs) else None
-    pairs = dataset if cached is None else cached.pairs
-    cases = [case for task in (False, True) for case in _spread(pairs, task, each)]
+    if isinstance(dataset, StreamedPairs):
+        cases = dataset.previews(each)
+    else:
+        pairs = dataset if cached is None else cached.pairs
+        cases = [case for task in (False, True) for case in _spread(pairs, task, each)]
+
+    cases = [
+        (prompt, None if source is None else ImageOps.fit(source, size, Image.Resampling.BICUBIC), size)
+        for prompt, source, size in cases
+    ]
 
     def preview(pipeline, step) -> Image.Image:
         pipeline.set_progress_bar_config(disable=True)
@@ -93,6 +102,5 @@ def _spread(dataset: PairDataset, task: bool, count: int) -> list[tuple[str, Ima
         except BrokenRow:
             continue
         size = dataset.buckets[indices[place]]
-        reference = None if pair.source is None else ImageOps.fit(pair.source, size, Image.Resampling.BICUBIC)
-        cases.append((pair.prompt, reference, size))
+        cases.append((pair.prompt, pair.source, size))
     return cases

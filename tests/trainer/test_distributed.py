@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from safetensors.torch import load_file
 
 SETTINGS = """
@@ -36,12 +37,13 @@ def train(folder, model, data, *flags, launch=()):
     return folder / "run"
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path, make_small_pipeline, pairs_file):
+@pytest.mark.parametrize("streaming", [(), ("--streaming", "--shuffle_buffer_size", "6")])
+def test_two_processes_equal_one_that_accumulates(tmp_path, make_small_pipeline, pairs_file, streaming):
     model = tmp_path / "model"
     make_small_pipeline().save_pretrained(model)
-    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2")
+    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2", *streaming)
     ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
-    shared = train(tmp_path / "two", model, pairs_file, launch=ddp)
+    shared = train(tmp_path / "two", model, pairs_file, *streaming, launch=ddp)
     start = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
     for name in ("checkpoint-3/model.safetensors", "checkpoint-3/ema.safetensors"):
         one, two = load_file(alone / name), load_file(shared / name)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ...core.errors import InputError
 from .buckets import nearest_bucket
-from .sources import BrokenRow, Source, measure, read_pair
+from .sources import BrokenRow, Pair, Source, measure, read_pair
 
 _LATENT_FACTOR = 8  # pixels of a latent's edge
 
@@ -111,7 +111,8 @@ class PairDataset(torch.utils.data.Dataset):
         """
         number, row = self.places[index]
         source = self.sources[number]
-        return self._sample(index, read_pair(source.rows[row], source.columns, source.root))
+        pair = read_pair(source.rows[row], source.columns, source.root)
+        return {**sample_of(pair, self.buckets[index]), "source_id": self.source_ids[index]}
 
     def note_broken(self, index: int, reason: str) -> None:
         """Count a row as broken, and say so once.
@@ -125,17 +126,6 @@ class PairDataset(torch.utils.data.Dataset):
         self.broken[number, row] = reason
         self._check_broken()
 
-    def _sample(self, index: int, pair) -> dict:
-        size = self.buckets[index]
-        sample = {"prompt": pair.prompt, "pixel_values": _pixels(pair.target, size)}
-        if self.is_edit[index]:
-            sample["ref_pixel_values"] = _pixels(pair.source, size)
-        if pair.mask is not None:
-            mask = ImageOps.fit(pair.mask, size, Image.Resampling.BICUBIC)
-            mask = mask.resize((size[0] // _LATENT_FACTOR, size[1] // _LATENT_FACTOR), Image.Resampling.BOX)
-            sample["loss_mask"] = torch.from_numpy(np.array(mask)).float().div(255)[None]
-        return {**sample, "source_id": self.source_ids[index]}
-
     def summary(self) -> str:
         """Return one line for each task: rows and the sizes they fill."""
         lines = []
@@ -145,6 +135,18 @@ class PairDataset(torch.utils.data.Dataset):
             more = f", {len(sizes) - 6} more sizes" if len(sizes) > 6 else ""
             lines.append(f"{name}: {sum(sizes.values())} rows ({filled}{more})" if sizes else f"{name}: none")
         return "\n".join([*lines, f"broken rows left out: {len(self.broken)} of {self.num_rows}"])
+
+
+def sample_of(pair: Pair, size: tuple[int, int]) -> dict:
+    """Return what `PairDataset` says of a pair at a bucket's size, but for its `source_id`."""
+    sample = {"prompt": pair.prompt, "pixel_values": _pixels(pair.target, size)}
+    if pair.source is not None:
+        sample["ref_pixel_values"] = _pixels(pair.source, size)
+    if pair.mask is not None:
+        mask = ImageOps.fit(pair.mask, size, Image.Resampling.BICUBIC)
+        mask = mask.resize((size[0] // _LATENT_FACTOR, size[1] // _LATENT_FACTOR), Image.Resampling.BOX)
+        sample["loss_mask"] = torch.from_numpy(np.array(mask)).float().div(255)[None]
+    return sample
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:

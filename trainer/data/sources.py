@@ -141,35 +141,63 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
     Raises:
         InputError: nothing there, unreadable, or columns that say nothing.
     """
-    path = Path(name)
-    try:
-        if path.exists():
-            loader, files = _files_of(path, split)
-            # Named as one split: by themselves the library's loaders guess splits from parts of names.
-            rows = datasets.load_dataset(loader, split="train", data_files={"train": [str(f) for f in files]})
-        elif path.is_absolute() or len(path.parts) != 2 or path.suffix in _LOADERS:
-            raise InputError(f"dataset {name}", found="no such file or folder", expected=", ".join(_LOADERS))
-        else:
+    with unreadable_otherwise(name):
+        found = find_files(name, split)
+        if found is None:
             rows = datasets.load_dataset(name, split=split)
+        else:
+            # Named as one split: by themselves the library's loaders guess splits from parts of names.
+            loader, files = found
+            rows = datasets.load_dataset(loader, split="train", data_files={"train": [str(f) for f in files]})
+    if not len(rows):
+        raise InputError(f"dataset {name}", found="no rows", expected="at least one")
+    rows = rows.cast(datasets.Features({n: _undecoded(f) for n, f in rows.features.items()}))
+    return Source(name, rows, find_columns(rows.column_names, name, **columns), find_root(name, image_root))
+
+
+@contextmanager
+def unreadable_otherwise(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises of a dataset into an InputError."""
+    try:
+        yield
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # the library wraps what a reader said
         found = " ".join(str(reason).split())[:400]
         raise InputError(f"dataset {name}", found=found, expected="rows that `datasets` can read") from error
-    if not len(rows):
-        raise InputError(f"dataset {name}", found="no rows", expected="at least one")
-    root = Path(image_root) if image_root else (path if path.is_dir() else path.parent)
-    if image_root and not root.is_dir():
+
+
+def find_root(name: str, image_root: str | None) -> Path:
+    """Return the folder that relative picture paths start from.
+
+    Raises:
+        InputError: `image_root` is no folder.
+    """
+    if image_root and not Path(image_root).is_dir():
         raise InputError("image_root", found=f"{image_root}, which is no folder", expected="a folder of pictures")
-    rows = rows.cast(datasets.Features({n: _undecoded(f) for n, f in rows.features.items()}))
-    return Source(name, rows, find_columns(rows.column_names, name, **columns), root)
+    path = Path(name)
+    return Path(image_root) if image_root else (path if path.is_dir() else path.parent)
 
 
-def open_sources(names: list[str], image_root: str | None, split: str, settings) -> list[Source]:
+def open_sources(names: list[str], image_root: str | None, split: str, settings, open_one=open_source) -> list:
     """Open datasets with `settings.prompt_column`, `settings.target_column`, ... as overrides; see `open_source`."""
     columns = {role: getattr(settings, f"{role}_column") for role in ROLES}
-    return [open_source(name, image_root, split, **columns) for name in names]
+    return [open_one(name, image_root, split, **columns) for name in names]
+
+
+def find_files(name: str, split: str) -> tuple[str, list[Path]] | None:
+    """Return the library's loader and the files of a dataset on this machine, None for one of the hub.
+
+    Raises:
+        InputError: nothing of that name, or files of no known kind.
+    """
+    path = Path(name)
+    if path.exists():
+        return _files_of(path, split)
+    if path.is_absolute() or len(path.parts) != 2 or path.suffix in _LOADERS:
+        raise InputError(f"dataset {name}", found="no such file or folder", expected=", ".join(_LOADERS))
+    return None
 
 
 def _files_of(path: Path, split: str) -> tuple[str, list[Path]]:
