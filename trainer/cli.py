@@ -10,7 +10,7 @@ from ..core.errors import InputError, check_one_of, check_share
 from .micro import CODEC_STEPS, DECODER_STEPS
 
 TRAIN_METHODS = ("pretrain",)
-ACCELERATE_CONFIGS = ("ddp",)
+ACCELERATE_CONFIGS = ("ddp", "fsdp2", "zero2")
 _LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1}
 """Smallest values of whole numbers on the command line."""
 

@@ -114,6 +114,8 @@ class FlowMatchingConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:  # each step reaches all that is trained
+            self.ddp_find_unused_parameters = False
         check_one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
         check_one_of("attention_backend", self.attention_backend, tuple(ATTENTION_BACKENDS))

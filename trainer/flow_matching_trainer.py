@@ -23,6 +23,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -38,6 +39,7 @@ from .ema import EMA_FILE, EMACallback
 from .flow_matching_config import ATTENTION_BACKENDS, FlowMatchingConfig
 from .hub import HUB_ERRORS, hub_error
 from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .kontext_transformer import SD3Transformer2DKontextModel
 from .muon import MuonWithAdamW, is_block_matrix
 from .objective import contrastive_error, loss_weights, sample_sigmas, squared_error
 from .report import ReportCallback
@@ -173,9 +175,7 @@ class FlowMatchingTrainer(Trainer):
         text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
         model = KontextForTraining(pipeline.transformer, text_encoder)
         self.peft_config = peft_config
-        self.ema = None
-        if args.use_ema:
-            self.ema = EMACallback(model, args.ema_decay, args.ema_update_steps, args.ema_on_cpu)
+        self.ema = EMACallback(args.ema_decay, args.ema_update_steps, args.ema_on_cpu) if args.use_ema else None
         # A stream goes on by its own state: nothing is drawn only to be skipped.
         self._is_streamed, self._stream, self._resumed_from = isinstance(train_dataset, StreamedPairs), None, None
         if self._is_streamed:
@@ -192,11 +192,33 @@ class FlowMatchingTrainer(Trainer):
             if "to be installed" not in str(error):
                 raise
             raise InputError("report_to", found=str(error), remedy="Install it, or choose another one.") from None
+        self._check_sharding()
         if self.ema is not None:
+            if not self.is_fsdp_enabled:  # else once the weights are sharded
+                self.ema.attach(model)
             self.add_callback(self.ema)
         self.add_callback(ReportCallback())
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
+
+    def _check_sharding(self) -> None:
+        """Refuse what has not been made to work with weights that are spread over processes."""
+        args, name = self.args, "--accelerate_config"
+        if self.is_deepspeed_enabled:
+            raise InputError(name, found="DeepSpeed", expected="ddp, fsdp2 or zero2, which FSDP2 does")
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or "SHARDED" not in str(plugin.state_dict_type):
+            raise InputError(name, found="FSDP 1 or full state dicts", expected="FSDP 2 and SHARDED_STATE_DICT")
+        for option, used in (
+            ("use_peft", self.peft_config is not None),
+            ("train_text_encoder", args.train_text_encoder),
+            ("muon_learning_rate", args.muon_learning_rate is not None),
+            ("a schedule-free optimizer", "schedule_free" in args.optim.value),
+        ):
+            if used:
+                raise InputError(name, found=f"sharding with {option}", expected="ddp for it")
 
     def collate(self, samples: list[dict]) -> dict:
         """Stack samples of one task and size; some prompts are dropped to the empty one, some references left out.
@@ -398,30 +420,40 @@ class FlowMatchingTrainer(Trainer):
                 remedy="Free some space and resume; the checkpoints before it are whole.",
             ) from error
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint's weights; sharded ones are written by their library, all else as for whole ones."""
+        if self.is_fsdp_enabled:
+            self._save_beside(Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_beside(self, folder: Path) -> None:
+        """Write what goes beside the weights. All of it comes before transformers deletes older checkpoints."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.ema is not None:
+            self.ema.save(folder, self._trained_model(), writes=self.args.should_save)
+        if self._stream is not None and self.args.should_save:
+            self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write what is trained, as a whole or not at all; what is frozen is in the model that was loaded."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.ema is not None:
-            # Here and not after the save: transformers then already deletes older checkpoints.
-            self.ema.save(folder)
-        if self._stream is not None:
-            self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
-        if state_dict is not None:
-            super()._save(output_dir, state_dict)  # sharded over processes: their library has gathered it
-            return
+        self._save_beside(folder)
         model = self._trained_model()
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = self._resumed_from = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if not self.is_fsdp_enabled:
             self._load_trained(folder / SAFE_WEIGHTS_NAME)
+        elif model is None:
+            return  # transformers calls again when the weights are sharded
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
-            self.ema.load(folder, int(folder.name.rpartition("-")[2]))
+            self.ema.attach(self._trained_model())
+            self.ema.load(folder, int(folder.name.rpartition("-")[2]), self._trained_model())
 
     @torch.no_grad()
     def _load_trained(self, path: Path) -> None:
@@ -491,15 +523,37 @@ class FlowMatchingTrainer(Trainer):
         Raises:
             InputError: `folder` holds something else, cannot be written, or the disk is full; what was there stays.
         """
-        if not self.is_world_process_zero():
-            return
         folder = Path(folder).absolute()
+        with self._exported_weights():
+            if self.is_world_process_zero():
+                self._replace(folder, card)
+
+    @contextmanager
+    def _exported_weights(self) -> Iterator[None]:
+        """Hold the averaged weights in the pipeline meanwhile; whole in the first process, if they are sharded."""
+        if not self.is_fsdp_enabled:
+            with self.averaged_weights():
+                yield
+            return
+        sharded = self.pipeline.transformer
+        with self.averaged_weights():
+            state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.is_world_process_zero():
+            with torch.device("meta"):
+                self.pipeline.transformer = SD3Transformer2DKontextModel.from_config(sharded.config)
+            self.pipeline.transformer.load_state_dict(state, assign=True)
+        try:
+            yield
+        finally:
+            self.pipeline.transformer = sharded
+
+    def _replace(self, folder: Path, card: str | None) -> None:
+        """Write the export beside `folder`, then put it in its place."""
         check_replaceable(folder)
         unfinished, dtype = folder.with_name(f".{folder.name}.unfinished"), getattr(torch, self.args.export_dtype)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            with self.averaged_weights():
-                self._write_export(unfinished, dtype)
+            self._write_export(unfinished, dtype)
             if card is not None:
                 write_file(unfinished / "README.md", card)
             if folder.exists():
@@ -558,9 +612,10 @@ class _PreviewCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % args.preview_steps or not state.is_world_process_zero:
-            return
         trainer = self.trainer
+        # Sharded weights need all processes for each pass; one of them keeps the picture.
+        if state.global_step % args.preview_steps or not (state.is_world_process_zero or trainer.is_fsdp_enabled):
+            return
         # Drawing must not move the training's random numbers: the run is the same with and without previews.
         helpers = [trainer.pipeline.vae, *trainer.pipeline.text_encoders]
         places = [module.device for module in helpers]  # with cached texts the encoders wait on the CPU
@@ -580,6 +635,8 @@ class _PreviewCallback(TrainerCallback):
                 model.train()
                 for module, place in zip(helpers, places, strict=True):
                     module.to(place)
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{state.global_step:06d}.png"

@@ -242,27 +242,25 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             dtype: floating type of what is written.
         """
         base = self.loaded_from
-        index = {} if base is None else _read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
-        copied = [
-            name
-            for name, entry in index.items()
-            if isinstance(entry, list) and any(entry) and name not in {*trained, "scheduler"}
-        ]
-        kept = {name: getattr(self, name, None) for name in copied}
-        self.register_modules(**dict.fromkeys(copied))
-        try:
+        if base is None:
             self.save_pretrained(folder, safe_serialization=True)
-        finally:
-            self.register_modules(**kept)
+            index, copied = {}, []
+        else:
+            index = _read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
+            present = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+            written = [name for name in present if name in {*trained, "scheduler"}]
+            copied = [name for name in present if name not in written]
+            for name in written:
+                getattr(self, name).save_pretrained(folder / name)
         for file in folder.rglob("*.safetensors"):
             cast_file(file, dtype)
         for name in copied:
             shutil.copytree(base / name, folder / name, ignore=_NO_WEIGHTS)
             if name in ("tokenizer", "tokenizer_2") and (folder / name / "tokenizer.json").is_file():
                 _write_vocabulary(folder / name)
+        if base is not None:
+            write_file(folder / PIPELINE_INDEX, json.dumps(index, indent=2) + "\n")
         forget_paths(folder)
-        written = _read_json(folder / PIPELINE_INDEX, "what was written just now")
-        write_file(folder / PIPELINE_INDEX, json.dumps(written | {n: index[n] for n in copied}, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderTiny
 from peft import LoraConfig
@@ -316,5 +317,6 @@ def main(argv: list[str]) -> int:
     """Entry of `unipic2 train pretrain`."""
     stages = parse_stages(argv, parse)
     folder = pretrain(*parse(argv)) if stages is None else run_stages(stages, pretrain)
-    sys.stdout.write(f"{folder}\n")
+    if PartialState().is_main_process:
+        sys.stdout.write(f"{folder}\n")
     return 0

@@ -1,12 +1,15 @@
 """Two processes on the CPU (gloo) train the same model as one process that accumulates twice as long."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SETTINGS = """
 resolution: 64
 max_steps: 3
@@ -27,13 +30,14 @@ seed: 3
 
 
 def train(folder, model, data, *flags, launch=()):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(SETTINGS)
     command = [sys.executable, "-m", "unipic2.cli", "train", "pretrain", "--config", str(folder / "config.yaml")]
     command += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run([*command, *flags, *launch], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert ("--resume" in flags) == ("training goes on after checkpoint-2" in done.stderr)
     return folder / "run"
 
 
@@ -44,11 +48,77 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, make_small_pipeline,
     alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2", *streaming)
     ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
     shared = train(tmp_path / "two", model, pairs_file, *streaming, launch=ddp)
-    start = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
     for name in ("checkpoint-3/model.safetensors", "checkpoint-3/ema.safetensors"):
-        one, two = load_file(alone / name), load_file(shared / name)
-        assert one.keys() == two.keys() and one
-        worst = max((one[key] - two[key]).abs().max().item() for key in one)
-        moved = max((one[key] - start[key.removeprefix("transformer.")]).abs().max().item() for key in one)
-        assert worst < 1e-4 and moved > 1e-3, (worst, moved)
+        assert_same(model, alone / name, shared / name)
     assert (shared / "export/model_index.json").is_file()
+
+
+def assert_same(model, one, two):
+    start = load_file(model / WEIGHTS)
+    one, two = load_file(one), load_file(two)
+    assert one.keys() == two.keys() and one
+    worst = max((one[key] - two[key]).abs().max().item() for key in one)
+    moved = max((one[key] - start[key.removeprefix("transformer.")]).abs().max().item() for key in one)
+    assert worst < 1e-4 and moved > 1e-3, (worst, moved)
+
+
+# accelerate shards on GPUs only: here it is told to do it on the CPU, over gloo. All else is the real thing.
+SHARDING_ON_THE_CPU = """
+import os
+if os.environ.get("ACCELERATE_USE_FSDP") == "true" and "RANK" in os.environ:
+    import accelerate.state as state
+    init = state.AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        first = state.AcceleratorState._shared_state == {}
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if first and fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = state.DistributedType.FSDP, fsdp_plugin
+
+    state.AcceleratorState.__init__ = patched
+"""
+
+
+@pytest.fixture
+def sharding(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(SHARDING_ON_THE_CPU)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+
+    def launch(profile):
+        return "--ddp_backend", "gloo", "--accelerate_config", profile, "--num_processes", "2"
+
+    return launch
+
+
+def test_sharded_weights_train_the_same_and_resume(tmp_path, make_small_pipeline, pairs_file, sharding):
+    """FSDP2: average, previews and export are whole; a run cut off after two steps goes on to the same weights."""
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2")
+    flags = ("--preview_steps", "3", "--preview_inference_steps", "1", "--gradient_checkpointing", "true")
+    shared = train(tmp_path / "two", model, pairs_file, *flags, launch=sharding("fsdp2"))
+    assert (shared / "checkpoint-3/pytorch_model_fsdp_0").is_dir(), "weights were sharded"
+    assert_same(model, alone / "checkpoint-3/ema.safetensors", shared / "checkpoint-3/ema.safetensors")
+    assert_same(model, alone / f"export/{WEIGHTS}", shared / f"export/{WEIGHTS}")
+    with Image.open(shared / "previews/step_000003.png") as grid:
+        assert len(grid.getcolors(10_000_000)) > 50
+    train(tmp_path / "cut", model, pairs_file, "--max_steps", "2", "--save_steps", "2", launch=sharding("fsdp2"))
+    shutil.rmtree(tmp_path / "cut/run/export")
+    resumed = train(tmp_path / "cut", model, pairs_file, "--resume", launch=sharding("fsdp2"))
+    assert_same(model, shared / f"export/{WEIGHTS}", resumed / f"export/{WEIGHTS}")
+
+
+def test_zero2_keeps_weights_between_the_passes(tmp_path, make_small_pipeline, pairs_file, sharding):
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2")
+    shared = train(tmp_path / "two", model, pairs_file, launch=sharding("zero2"))
+    assert_same(model, alone / f"export/{WEIGHTS}", shared / f"export/{WEIGHTS}")
+
+
+def test_what_sharding_does_not_go_with(tmp_path, make_small_pipeline, pairs_file, sharding):
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    with pytest.raises(AssertionError, match="found sharding with use_peft, expected ddp for it"):
+        train(tmp_path / "one", model, pairs_file, "--use_peft", launch=sharding("fsdp2"))
