@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -219,6 +220,12 @@ class FlowMatchingTrainer(Trainer):
         ):
             if used:
                 raise InputError(name, found=f"sharding with {option}", expected="ddp for it")
+        if args.bf16:
+            # Weights travel and compute in bfloat16. Inputs are left to autocast, as without sharding: the usual
+            # policy rounds them all, and with them timesteps, to 8 bits.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
 
     def collate(self, samples: list[dict]) -> dict:
         """Stack samples of one task and size; some prompts are dropped to the empty one, some references left out.
@@ -332,7 +339,9 @@ class FlowMatchingTrainer(Trainer):
         if isinstance(text, list):
             text = self.encode_text(text, latents.device)
         mask, target = inputs.get("loss_mask"), noise - latents
-        velocity = model(interpolate(latents, noise, sigmas), sigmas, text, reference)
+        mixed = self.is_fsdp_enabled and args.bf16  # without sharding accelerate does it
+        with torch.autocast(latents.device.type, torch.bfloat16) if mixed else nullcontext():
+            velocity = model(interpolate(latents, noise, sigmas), sigmas, text, reference)
         error = squared_error(velocity.float(), target, mask)
         objective = error
         if args.contrastive_weight:
@@ -480,10 +489,12 @@ class FlowMatchingTrainer(Trainer):
         """Hold the averaged weights in the model meanwhile: ours, or those of a schedule-free optimizer."""
         model, optimizer = self._trained_model(), getattr(self.optimizer, "optimizer", self.optimizer)
         if self.ema is not None:
+            self._forget_gathered(model)
             self.ema.swap_in(model)
             try:
                 yield
             finally:
+                self._forget_gathered(model)
                 self.ema.swap_out(model)
         elif callable(getattr(optimizer, "eval", None)):
             # Its way back rounds, and a run would depend on its previews: so the weights are kept.
@@ -497,6 +508,13 @@ class FlowMatchingTrainer(Trainer):
                     torch._foreach_copy_([p for p in model.parameters() if p.requires_grad], kept)
         else:
             yield
+
+    @staticmethod
+    def _forget_gathered(model: nn.Module) -> None:
+        """Free whole weights that sharded modules still hold from a pass: their shards are about to change."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the hub repository before training starts, so that what is wrong with it is known in time.
@@ -625,7 +643,8 @@ class _PreviewCallback(TrainerCallback):
             model.eval()
             types = {module.dtype for module in (trainer.pipeline.transformer, *helpers)}
             try:
-                autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=len(types) > 1)
+                mixed = len(types) > 1 or (trainer.is_fsdp_enabled and args.bf16)
+                autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=mixed)
                 with trainer.averaged_weights(), autocast:
                     grid = trainer.previews(trainer.pipeline, state.global_step)
             except RuntimeError as error:  # such as too little memory: no reason to lose a run
