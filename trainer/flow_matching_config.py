@@ -105,6 +105,10 @@ class FlowMatchingConfig(TrainingArguments):
     )
     preview_inference_steps: int = field(default=20, metadata={"help": "Denoising steps of a preview."})
     preview_guidance_scale: float = field(default=3.5, metadata={"help": "Guidance of a preview."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard",
+        metadata={"help": "Loggers: tensorboard, wandb, trackio, ... (installed ones), several, or none."},
+    )
     export_dtype: str = field(
         default="float16", metadata={"help": "Type of exported trained weights: float32, float16 or bfloat16."}
     )
