@@ -23,6 +23,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,7 +39,7 @@ from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
 from .data.stream import StreamedPairs
 from .ema import EMA_FILE, EMACallback
 from .flow_matching_config import ATTENTION_BACKENDS, FlowMatchingConfig
-from .hub import HUB_ERRORS, hub_error
+from .hub import hub_error
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_transformer import SD3Transformer2DKontextModel
 from .muon import MuonWithAdamW, is_block_matrix
@@ -46,6 +47,7 @@ from .objective import contrastive_error, loss_weights, sample_sigmas, squared_e
 from .report import ReportCallback
 
 _STATE_FILE = "trainer_state.json"
+_UNWRITABLE = ("PytorchStreamWriter", "inline_container", "No space left", "I/O error")
 _DROPOUT, _NOISE = 1, 2  # purposes of the seeds derived from a draw's
 _BANDS = 4  # equal bands of sigma whose mean losses are reported
 
@@ -269,7 +271,7 @@ class FlowMatchingTrainer(Trainer):
         """Return transformers' optimizer, or Muon with AdamW where `muon_learning_rate` is set."""
         if self.args.muon_learning_rate is None or self.optimizer is not None:
             try:
-                return super().create_optimizer(model)
+                return super().create_optimizer(*([] if model is None else [model]))
             except (ImportError, ValueError) as error:
                 found = " ".join(str(error).split())
                 remedy = "Install its package, or take adamw_torch_fused or adafactor."
@@ -300,6 +302,15 @@ class FlowMatchingTrainer(Trainer):
             return self.args.shift
         num_tokens = latents.shape[-2] * latents.shape[-1] // self.pipeline.patch_size**2
         return resolution_shift(num_tokens, self.args.base_shift, self.args.max_shift)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as transformers does; True resumes from the last whole checkpoint in `output_dir`, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir, self.args.use_ema)
+        if resume_from_checkpoint:
+            self._resumed_from = Path(resume_from_checkpoint)  # a stream needs it before the weights are loaded
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Do a step with `attention_backend`, in the backward pass too: checkpointed blocks are recomputed there.
@@ -421,7 +432,10 @@ class FlowMatchingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except InputError:
             raise
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError when the optimizer's file cannot be written
+        except (OSError, RuntimeError, CheckpointException) as error:
+            # torch.save says RuntimeError of a file that it cannot write, and sharded saves wrap what was wrong.
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _UNWRITABLE):
+                raise
             raise InputError(
                 f"writing {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}",
                 found=getattr(error, "strerror", None) or str(error).strip().splitlines()[0],
@@ -441,7 +455,8 @@ class FlowMatchingTrainer(Trainer):
         if self.ema is not None:
             self.ema.save(folder, self._trained_model(), writes=self.args.should_save)
         if self._stream is not None and self.args.should_save:
-            self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
+            blocks = self.args.gradient_accumulation_steps * self.args.world_size
+            self._stream.save(folder, self.state.global_step * blocks)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write what is trained, as a whole or not at all; what is frozen is in the model that was loaded."""
@@ -453,11 +468,9 @@ class FlowMatchingTrainer(Trainer):
         save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = self._resumed_from = Path(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             self._load_trained(folder / SAFE_WEIGHTS_NAME)
-        elif model is None:
-            return  # transformers calls again when the weights are sharded
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
@@ -516,15 +529,15 @@ class FlowMatchingTrainer(Trainer):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args, **kwargs) -> None:
         """Make the hub repository before training starts, so that what is wrong with it is known in time.
 
         Raises:
             InputError: the hub cannot be reached or does not take the name.
         """
         try:
-            super().init_hf_repo(token, private)
-        except HUB_ERRORS as error:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # whatever the hub's client and its own libraries raise
             name = self.args.hub_model_id or Path(self.args.output_dir).name
             remedy = "`hf auth login`, or take push_to_hub out and upload the export yourself."
             raise hub_error(name, error, remedy) from error
@@ -545,6 +558,7 @@ class FlowMatchingTrainer(Trainer):
         with self._exported_weights():
             if self.is_world_process_zero():
                 self._replace(folder, card)
+        self.accelerator.wait_for_everyone()  # the next stage of a run reads it at once
 
     @contextmanager
     def _exported_weights(self) -> Iterator[None]:
@@ -648,6 +662,8 @@ class _PreviewCallback(TrainerCallback):
                 with trainer.averaged_weights(), autocast:
                     grid = trainer.previews(trainer.pipeline, state.global_step)
             except RuntimeError as error:  # such as too little memory: no reason to lose a run
+                if trainer.is_fsdp_enabled:
+                    raise  # the other processes wait for this one
                 sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
                 return
             finally:

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from ..core.errors import InputError
 
-HUB_ERRORS = (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
-"""What the hub's client raises: no network, no token, no such user, a name it does not take."""
 _SHOWN = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "muon_learning_rate",
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
@@ -30,14 +27,15 @@ edited = pipe("make the car blue", image=drawn).images[0]
 `unipic2 export --model FOLDER --out unipic2.safetensors` writes the transformer as one file for ComfyUI."""
 
 
-def model_card(base: str, datasets: list[str], args, steps: int, lora: bool) -> str:
+def model_card(name: str, base: str, datasets: list[str], args, steps: int | None, lora: bool) -> str:
     """Return a model card as Markdown with the hub's YAML head.
 
     Args:
+        name: the title.
         base: folder or hub repository that training started from.
         datasets: names of the training data.
-        args: `FlowMatchingConfig` of the run.
-        steps: optimizer steps taken.
+        args: `FlowMatchingConfig` of the run, or of its last stage.
+        steps: optimizer steps taken; None where they are not known.
         lora: whether the export is a LoRA.
     """
     head: dict = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
@@ -48,25 +46,33 @@ def model_card(base: str, datasets: list[str], args, steps: int, lora: bool) -> 
     rows = [f"| {name} | {getattr(args, name)} |" for name in _SHOWN]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
-        f"# {Path(args.hub_model_id or Path(args.output_dir).resolve().name).name}", "",
+        f"# {name}", "",
         f"A {'LoRA' if lora else 'transformer'} for UniPic2-SD3.5M-Kontext: text-to-image and editing, trained with "
-        f"flow matching for {steps} steps on {data}.", "",
+        f"flow matching{'' if steps is None else f' for {steps} steps'} on {data}.", "",
         "## Use", "", _USE_LORA if lora else _USE_MODEL, "",
         "## Training", "", "| setting | value |", "|---|---|", *rows, "",
         "Weights derived from Stable Diffusion 3.5 Medium carry its licence.", "",
     ])  # fmt: skip
 
 
-def push(folder: Path, repository: str, token: str | None) -> str:
-    """Upload an export to a repository that exists; returns its address.
+def repository_name(args, output_dir: Path) -> str:
+    """Return `hub_model_id`, by default the name of the run's folder."""
+    return args.hub_model_id or output_dir.resolve().name
+
+
+def push(folder: Path, repository: str, args) -> str:
+    """Upload an export, into a repository that is made if need be; returns its address.
 
     Raises:
         InputError: the hub does not take it; the export stays where it is.
     """
     try:
-        return str(HfApi(token=token).upload_folder(repo_id=repository, folder_path=folder))
-    except HUB_ERRORS as error:
-        raise hub_error(repository, error, f"The export is whole, in {folder}.") from error
+        hub = HfApi(token=args.hub_token)
+        found = hub.create_repo(repository, private=args.hub_private_repo, exist_ok=True).repo_id
+        return str(hub.upload_folder(repo_id=found, folder_path=folder))
+    except Exception as error:  # whatever the hub's client and its own libraries raise
+        remedy = f"The export is whole, in {folder}: `hf upload {repository} {folder}` sends it later."
+        raise hub_error(repository, error, remedy) from error
 
 
 def hub_error(repository: str, error: Exception, remedy: str) -> InputError:

@@ -150,6 +150,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
 
     loaded_from: Path | None = None
     """The folder this pipeline was loaded from; what is not trained is exported from there."""
+    given: frozenset[str] = frozenset()
+    """Components that did not come from that folder."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -160,7 +162,10 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 the hub does not have them.
         """
         name = pretrained_model_name_or_path
-        folder = cls.find_folder(name, kwargs)
+        folder, given = (
+            cls.find_folder(name, kwargs),
+            frozenset(k for k, v in kwargs.items() if hasattr(v, "state_dict")),
+        )
         check_pipeline_folder(folder, set(kwargs))
         kwargs["use_safetensors"] = True
         try:
@@ -172,7 +177,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                     folder, subfolder="transformer", use_safetensors=True, **types
                 )
             pipeline = super().from_pretrained(folder, **kwargs)
-            pipeline.loaded_from = folder
+            pipeline.loaded_from, pipeline.given = folder, given
             return pipeline
         except InputError:
             raise
@@ -248,7 +253,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         else:
             index = _read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
             present = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
-            written = [name for name in present if name in {*trained, "scheduler"}]
+            written = [name for name in present if name in {*trained, *self.given, "scheduler"}]
             copied = [name for name in present if name not in written]
             for name in written:
                 getattr(self, name).save_pretrained(folder / name)

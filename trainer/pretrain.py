@@ -23,7 +23,7 @@ from .data.sources import open_source, open_sources
 from .data.stream import StreamedPairs, open_stream
 from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
-from .hub import model_card, push
+from .hub import model_card, push, repository_name
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
@@ -109,6 +109,9 @@ class PretrainArguments:
             raise InputError("cache_batch_size", found=self.cache_batch_size, expected="at least 1")
         if self.shuffle_buffer_size < 1:
             raise InputError("shuffle_buffer_size", found=self.shuffle_buffer_size, expected="at least 1")
+        if self.cache_dir is not None and MICRO in self.dataset_name:
+            remedy = "The micro world keeps its latents in memory."
+            raise InputError("cache_dir", found="dataset_name micro too", expected="data of your own", remedy=remedy)
         if self.streaming and (self.cache_dir is not None or MICRO in self.dataset_name):
             found = "dataset_name micro too" if self.cache_dir is None else "cache_dir too"
             raise InputError("streaming", found=found, expected="data of your own, encoded as it comes")
@@ -263,12 +266,19 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
         previews = pair_previews(dataset, args)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    steps, lora = trainer.state.global_step, peft_config is not None
-    card = model_card(script_args.model_name_or_path, script_args.dataset_name, args, steps, lora)
-    trainer.export(output_dir / "export", card)
-    if args.push_to_hub and args.process_index == 0:
-        sys.stdout.write(f"{push(output_dir / 'export', trainer.hub_model_id, args.hub_token)}\n")
+    steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
+    base, data = script_args.model_name_or_path, script_args.dataset_name
+    trainer.export(output_dir / "export", model_card(name, base, data, args, steps, peft_config is not None))
     return output_dir / "export"
+
+
+def _stages_card(stages: list[tuple[PretrainArguments, FlowMatchingConfig]], output_dir: Path) -> str:
+    """Return the card of the whole run, which began where its first stage did."""
+    args = stages[-1][1]
+    steps = sum(a.max_steps for _, a in stages) if all(a.max_steps > 0 for _, a in stages) else None
+    data = list(dict.fromkeys(name for script_args, _ in stages for name in script_args.dataset_name))
+    name = Path(repository_name(args, output_dir)).name
+    return model_card(name, stages[0][0].model_name_or_path, data, args, steps, lora=False)
 
 
 def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, rows: int | None, resumed: bool) -> None:
@@ -280,6 +290,7 @@ def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, ro
     identity = {
         "model_name_or_path": script_args.model_name_or_path,
         "dataset_name": script_args.dataset_name,
+        "streaming": script_args.streaming,
         "rows": rows,
         "seed": args.seed,
         "edit_ratio": args.edit_ratio,
@@ -303,9 +314,8 @@ def cache(argv: list[str]) -> int:
     """Entry of `unipic2 data cache`, which takes the settings of a training run, in stages or not."""
     runs = parse_stages(argv, parse) or [parse(argv)]
     script_args, args = runs[0]
-    if script_args.cache_dir is None or script_args.dataset_name == [MICRO]:
-        found = "none" if script_args.cache_dir is None else "dataset_name micro"
-        raise InputError("cache_dir", found=found, expected="a folder, and data of your own")
+    if script_args.cache_dir is None:
+        raise InputError("cache_dir", found="none", expected="a folder, and data of your own")
     pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True, text_encoders=False)
     for script_args, args in runs:
         dataset = load_dataset(script_args, args, pipeline)
@@ -316,7 +326,16 @@ def cache(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train pretrain`."""
     stages = parse_stages(argv, parse)
-    folder = pretrain(*parse(argv)) if stages is None else run_stages(stages, pretrain)
+    if stages is None:
+        script_args, args = parse(argv)
+        folder = pretrain(script_args, args)
+    else:
+        args = stages[-1][1]
+        folder = run_stages(stages, pretrain)
     if PartialState().is_main_process:
+        if stages is not None:
+            write_file(folder / "README.md", _stages_card(stages, folder.parent))
         sys.stdout.write(f"{folder}\n")
+        if args.push_to_hub:
+            sys.stdout.write(f"{push(folder, repository_name(args, folder.parent), args)}\n")
     return 0

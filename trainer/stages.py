@@ -76,8 +76,8 @@ def parse_stages(argv: list[str], parse) -> list[tuple] | None:
                 if number:
                     flags += ["--model_name_or_path", str(output_dir / f"stage-{number}" / "export")]
                 if number + 1 < len(stages):
-                    flags += ["--export_dtype", "float32", "--push_to_hub", "false"]
-                elif whole.push_to_hub and whole.hub_model_id is None:
+                    flags += ["--export_dtype", "float32"]
+                if whole.push_to_hub and whole.hub_model_id is None:
                     flags += ["--hub_model_id", output_dir.resolve().name]
                 parsed.append(parse(flags))
             except InputError as error:

@@ -119,11 +119,14 @@ def test_other_encoders_are_refused(make_small_pipeline, tmp_path):
     loaded = StableDiffusion3KontextPipeline.from_pretrained(tmp_path / "model")
     loaded.save_trained(tmp_path / "exported", {"transformer"}, torch.float16)
     assert first == fingerprint(tmp_path / "exported", *types), "the same encoders in the next stage of a run"
+    for name in ("vocab.json", "merges.txt"):  # as plain diffusers leaves them out with transformers 5
+        (tmp_path / "model/tokenizer" / name).unlink()
+    assert first == fingerprint(tmp_path / "model", *types)
     Cache(tmp_path / "cache", first)
     with torch.no_grad():
         next(pipe.text_encoder.parameters()).view(-1)[0] += 1
     pipe.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="cache_dir .*: found a cache that other encoders"):
+    with pytest.raises(InputError, match="cache_dir .*: found a cache of other encoders"):
         Cache(tmp_path / "cache", fingerprint(tmp_path / "other", *types))
     config = tmp_path / "exported/vae/config.json"
     config.write_text(config.read_text().replace('"scaling_factor": ', '"scaling_factor": 2'))
@@ -153,9 +156,9 @@ def test_a_whole_cache_needs_no_text_encoder(make_small_pipeline, pairs_file, tm
 
 def test_a_shard_that_was_cut_off_is_named(make_small_pipeline, tmp_path):
     Cache(tmp_path / "cache", "x").add({"a": torch.zeros(1000)})
-    shard = tmp_path / "cache/shard-000000.safetensors"
+    (shard,) = (tmp_path / "cache").glob("shard-*")
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(InputError, match="shard-000000.safetensors"):
+    with pytest.raises(InputError, match="shard-000000-.*safetensors"):
         Cache(tmp_path / "cache", "x")
 
 

@@ -95,8 +95,8 @@ def sharding(tmp_path, monkeypatch):
     return launch
 
 
-def test_sharded_weights_train_the_same_and_resume(tmp_path, make_small_pipeline, pairs_file, sharding):
-    """FSDP2: average, previews and export are whole; a run cut off after two steps goes on to the same weights."""
+def test_sharded_weights_train_the_same(tmp_path, make_small_pipeline, pairs_file, sharding):
+    """FSDP2: average, previews and export are those of whole weights."""
     model = tmp_path / "model"
     make_small_pipeline().save_pretrained(model)
     alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2")
@@ -107,10 +107,18 @@ def test_sharded_weights_train_the_same_and_resume(tmp_path, make_small_pipeline
     assert_same(model, alone / f"export/{WEIGHTS}", shared / f"export/{WEIGHTS}")
     with Image.open(shared / "previews/step_000002.png") as grid:
         assert len(grid.getcolors(10_000_000)) > 50
-    train(tmp_path / "cut", model, pairs_file, "--max_steps", "2", "--save_steps", "2", launch=sharding("fsdp2"))
+
+
+def test_a_sharded_run_on_a_stream_goes_on_where_it_was(tmp_path, make_small_pipeline, pairs_file, sharding):
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    streaming = ("--streaming", "--shuffle_buffer_size", "6")
+    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2", *streaming)
+    cut = (*streaming, "--max_steps", "2", "--save_steps", "2")
+    train(tmp_path / "cut", model, pairs_file, *cut, launch=sharding("fsdp2"))
     shutil.rmtree(tmp_path / "cut/run/export")
-    resumed = train(tmp_path / "cut", model, pairs_file, "--resume", launch=sharding("fsdp2"))
-    assert_same(model, shared / f"export/{WEIGHTS}", resumed / f"export/{WEIGHTS}")
+    resumed = train(tmp_path / "cut", model, pairs_file, "--resume", *streaming, launch=sharding("fsdp2"))
+    assert_same(model, alone / f"export/{WEIGHTS}", resumed / f"export/{WEIGHTS}")
 
 
 def test_zero2_in_bfloat16(tmp_path, make_small_pipeline, pairs_file, sharding):

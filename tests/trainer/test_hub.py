@@ -53,13 +53,13 @@ def test_every_export_has_a_card(argv, tmp_path):
 
 def test_a_card_names_the_repository_it_started_from(argv):
     args = parse(argv)[1]
-    text = hub.model_card("Skywork/UniPic2-SD3.5M-Kontext-2B", ["someone/data"], args, 7, lora=False)
+    text = hub.model_card("x", "Skywork/UniPic2-SD3.5M-Kontext-2B", ["someone/data"], args, 7, lora=False)
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Skywork/UniPic2-SD3.5M-Kontext-2B"
     assert "7 steps on someone/data" in text
 
 
 def test_the_export_alone_is_pushed(argv, uploads, capsys):
-    pretrain(*parse([*argv, "--push_to_hub", "true", "--hub_token", "secret"]))
+    main([*argv, "--push_to_hub", "true", "--hub_token", "secret"])
     assert ("create", "mine") in uploads and ("token", "secret") in uploads
     (pushed,) = [call for call in uploads if call[0] == "upload"]
     assert pushed[1] == "someone/mine" and {"README.md", "transformer", "model_index.json"} <= set(pushed[2])
@@ -71,14 +71,28 @@ def test_the_last_stage_alone_is_pushed(argv, uploads, tmp_path):
     config.write_text("push_to_hub: true\nstages:\n  - {max_steps: 1}\n  - {max_steps: 2}\n")
     keep = [flag for i, flag in enumerate(argv) if "--max_steps" not in argv[max(i - 1, 0) : i + 1]]
     main(["--config", str(config), *keep])
-    assert [call[:2] for call in uploads if call[0] != "token"] == [("create", "mine"), ("upload", "someone/mine")]
+    assert [call[:2] for call in uploads if call[0] == "upload"] == [("upload", "someone/mine")]
+    head, text = head_of(tmp_path / "mine/export")
+    assert "# mine\n" in text and "for 3 steps on data.jsonl" in text
+
+
+def test_an_export_that_the_hub_refused_is_pushed_by_the_same_command(argv, uploads, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "stages.yaml"
+    config.write_text("push_to_hub: true\nresume: true\nstages:\n  - {max_steps: 1}\n  - {max_steps: 2}\n")
+    keep = [flag for i, flag in enumerate(argv) if "--max_steps" not in argv[max(i - 1, 0) : i + 1]]
+    upload = hub.HfApi.upload_folder
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(InputError, match="push_to_hub to mine: .*The export is whole, in .*hf upload mine"):
+        main(["--config", str(config), *keep])
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
+    main(["--config", str(config), *keep])
+    assert capsys.readouterr().out.endswith("https://hub/someone/mine\n")
 
 
 def test_a_hub_that_cannot_be_reached_is_known_before_training(argv, monkeypatch, tmp_path):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("transformers.trainer.hf_api", offline)
-    with pytest.raises(InputError, match="push_to_hub to mine: found no route to host.*hf auth login"):
+    """The real client, at an address where nobody answers."""
+    endpoint = hub.HfApi(endpoint="http://127.0.0.1:9", token="secret")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: endpoint)
+    with pytest.raises(InputError, match="push_to_hub to mine: found .*hf auth login"):
         pretrain(*parse([*argv, "--push_to_hub", "true"]))
     assert not (tmp_path / "mine/export").exists()

@@ -7,6 +7,7 @@ can be stopped at any point; whole shards are kept.
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -40,8 +41,12 @@ def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype) ->
         component = folder / name
         if not component.is_dir():
             continue
-        weights = [] if name.startswith("tokenizer") else component_files(component)
-        for file in [*weights, *sorted(f for f in component.iterdir() if f.suffix in _SETTINGS)]:
+        files = sorted(f for f in component.iterdir() if f.suffix in _SETTINGS)
+        if not name.startswith("tokenizer"):
+            files += component_files(component)
+        elif (component / "tokenizer.json").is_file():  # holds the others, which an export writes out for ComfyUI
+            files = [file for file in files if file.name not in ("vocab.json", "merges.txt")]
+        for file in files:
             digest.update(f"{name}/{file.name}".encode())
             _add_content(digest, file)
     return digest.hexdigest()
@@ -80,7 +85,7 @@ class Cache:
                 raise InputError(f"cache {index}", found="broken JSON", remedy="Delete the folder.") from None
             if found != fingerprint:
                 remedy = "Name another cache_dir, or delete this one."
-                found = "a cache that other encoders or another cache_dtype made"
+                found = "a cache of other encoders, another cache_dtype, or encoders that computed in another type"
                 raise InputError(f"cache_dir {folder}", found=found, remedy=remedy)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"cache_dir {folder}", found="something that is no cache", expected="a new folder")
@@ -98,8 +103,9 @@ class Cache:
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write a shard."""
-        number = int(self.shards[-1].stem.rpartition("-")[2]) + 1 if self.shards else 0
-        shard = self.folder / f"shard-{number:06d}.safetensors"
+        number = int(self.shards[-1].stem.split("-")[1]) + 1 if self.shards else 0
+        # Two runs that fill one cache at a time do not meet.
+        shard = self.folder / f"shard-{number:06d}-{secrets.token_hex(4)}.safetensors"
         save_tensors({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, shard)
         self.shards.append(shard)
         self.places |= dict.fromkeys(tensors, shard)

@@ -236,6 +236,10 @@ def read_prompt(row: dict, columns: Columns) -> str:
         value = value[-1] if value else ""
     if not isinstance(value, str) or not value.strip():
         raise BrokenRow(f"no text in {columns.prompt}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of an emoji, such as in a caption that was cut
+        raise BrokenRow(f"text in {columns.prompt} that is no Unicode") from None
     return value.strip()
 
 

@@ -13,6 +13,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -40,7 +41,8 @@ _BLOB = "bytes in stream.safetensors"
 _PEEKED = 100  # rows whose columns are looked at, where the format names none
 _LINE = "text"  # `datasets`' column for a line of a text file
 _ENOUGH = 100  # rows that count as seen at least, when the share of broken ones is judged
-_SURPLUS = 4  # times its size that a pool may grow, by rows of the task that is not asked for
+_RARE = 0.2  # of the greatest share of a task in any stream; below it a stream is not read for that task
+_SURPLUS = 2  # times its size that a pool may grow, by rows of the task that is not asked for
 _Bucket = tuple[int, int]
 
 
@@ -71,11 +73,16 @@ class Stream:
                 rows = datasets.load_dataset(self.loader, split="train", data_files={"train": files}, streaming=True)
             return rows if rows.features is None else rows.decode(False)
 
+    def identity(self) -> list:
+        """Return what a stream must have in common with the one that a checkpoint was made on."""
+        files = [[Path(file).name, Path(file).stat().st_size] for file in self.files]
+        return [self.loader, self.split, files, [getattr(self.columns, role) for role in ROLES]]
+
     def row(self, raw: dict) -> dict:
-        """Return the columns of a row that mean something.
+        """Return the columns of a row that mean something; pictures in archives or on a hub are read.
 
         Raises:
-            BrokenRow: a line that is no JSON object.
+            BrokenRow: a line that is no JSON object, or a picture that cannot be fetched.
         """
         if self.loader == _LINE:
             try:
@@ -85,7 +92,19 @@ class Stream:
             if not isinstance(raw, dict):
                 raise BrokenRow(f"{type(raw).__name__} instead of a JSON object")
         names = (getattr(self.columns, role) for role in ROLES)
-        return {name: raw.get(name) for name in names if name is not None}
+        return {name: _fetched(raw.get(name)) for name in names if name is not None}
+
+
+def _fetched(value):
+    """Return a picture in an archive or on a hub (`zip://...`, `hf://...`) with its bytes, all else as it is."""
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str) or "://" not in path or value.get("bytes") is not None:
+        return value
+    try:
+        with fsspec.open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except Exception as error:  # of as many kinds as there are places
+        raise BrokenRow(f"{path}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
 def open_stream(name: str, image_root: str | None = None, split: str = "train", **columns: str | None) -> Stream:
@@ -140,7 +159,7 @@ class _Reader:
         shuffled = self.stream.loader not in (None, "imagefolder")
         order = np.random.default_rng([self.seed, number]).permutation(len(self.stream.files)).tolist()
         self.rows = self.stream.open(order if shuffled else None)
-        self.iterator = None
+        self.iterator = self.loaded = None
 
     def next(self) -> dict:
         """Return the next row as it comes; `number` and `row` then say which pass and row it was, from 0."""
@@ -156,18 +175,23 @@ class _Reader:
             self._start(self.number + 1)
         raise InputError(f"dataset {self.stream.name}", found="no rows", expected="at least one")
 
+    def share(self, task: bool) -> float:
+        """Return what part of the rows is of a task, as far as that can be told yet."""
+        return (self.seen[task] + 1) / (self.seen[False] + self.seen[True] + 2)
+
     def state(self) -> dict:
         seen = [self.seen[False], self.seen[True]]
-        rows = json.loads(json.dumps(self.rows.state_dict())) if self.iterator is not None else None
+        # After loading, the library tells its place only once a row was read.
+        rows = self.loaded if self.iterator is None else json.loads(json.dumps(self.rows.state_dict()))
         return {"pass": self.number, "row": self.row, "read": self.read, "seen": seen, "rows": rows}
 
     def load(self, state: dict) -> None:
         self._start(state["pass"])
         self.row, self.read = state["row"], state["read"]
         self.seen = dict(zip((False, True), state["seen"], strict=True))
-        if state["rows"] is not None:
-            self.rows.load_state_dict(state["rows"])
-            self.iterator = iter(self.rows)
+        self.loaded = state["rows"]
+        if self.loaded is not None:
+            self.rows.load_state_dict(self.loaded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,19 +224,17 @@ class Counts:
     """Those of them that could not be used."""
     surplus: int = 0
     """Whole rows that were passed over, as their task came too often for `edit_ratio`."""
-    quiet: bool = False
-    """Another process already says what is said here."""
     told: set[str] = field(default_factory=set)
     """What was said once and is not repeated."""
 
-    def note_broken(self, where: str, reason: str) -> None:
-        """Count a broken row, and say so.
+    def note_broken(self, where: str, reason: str, quiet: bool = False) -> None:
+        """Count a broken row, and say so unless `quiet`.
 
         Raises:
             InputError: that makes too many.
         """
         self.broken += 1
-        self.tell(f"left out {where}: {reason}")
+        self.tell(f"left out {where}: {reason}", quiet)
         if self.broken > self.max_broken * max(self.rows, _ENOUGH):
             raise InputError(
                 "training data",
@@ -221,9 +243,9 @@ class Counts:
                 remedy="`unipic2 data check` lists them all; mend them, or raise max_broken.",
             )
 
-    def tell(self, message: str) -> None:
+    def tell(self, message: str, quiet: bool = False) -> None:
         """Write a line, once."""
-        if message not in self.told and not self.quiet:
+        if message not in self.told and not quiet:
             sys.stderr.write(f"{message}\n")
         self.told.add(message)
 
@@ -236,7 +258,7 @@ class StreamedPairs(torch.utils.data.Dataset):
         buckets: sizes from `aspect_buckets`.
         max_broken: share of broken rows, 0 to 1, above which training stops.
         pool_size: rows of a task among which blocks are drawn.
-        quiet: of several processes one is enough to say what was left out.
+        quiet: of several processes one is enough to say what was left out when rows were read.
     """
 
     def __init__(
@@ -248,7 +270,7 @@ class StreamedPairs(torch.utils.data.Dataset):
         quiet: bool = False,
     ):
         self.streams, self.buckets, self.pool_size = streams, buckets, pool_size
-        self.counts = Counts(max_broken, quiet=quiet)
+        self.counts, self.quiet = Counts(max_broken), quiet
 
     def sampler(
         self, block_size: int, edit_ratio: float, seed: int, num_processes: int, lookahead: int
@@ -294,11 +316,12 @@ class StreamedPairs(torch.utils.data.Dataset):
                     pair = read_pair(stream.row(raw), stream.columns, stream.root)
                 except BrokenRow:
                     continue
-                size = nearest_bucket(*pair.target.size, self.buckets)
-                cases[pair.source is not None].append((pair.prompt, pair.source, size))
-                if len(cases[False]) >= each and len(cases[True]) >= each:
+                found = cases[pair.source is not None]
+                if len(found) < each:
+                    found.append((pair.prompt, pair.source, nearest_bucket(*pair.target.size, self.buckets)))
+                if all(len(found) == each for found in cases.values()):
                     break
-        return [case for task in (False, True) for case in cases[task][:each]]
+        return [case for task in (False, True) for case in cases[task]]
 
 
 class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
@@ -313,7 +336,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         edit_ratio: share of the blocks that are edits; ignored where no stream has rows of a task.
         seed: the same seed gives the same draws.
         num_processes: as for `TaskBlockSampler`; each process reads all rows, and decodes its own.
-        lookahead: turns that may be drawn ahead of what was trained on, for `state_at`.
+        lookahead: turns that may be drawn ahead of what was trained on, for `save`.
     """
 
     def __init__(
@@ -348,7 +371,9 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             readers = self._sources_of(task)
             if not readers:  # found out just now
                 return self._block(not task)
-            seen = {i: self.readers[i].seen[task] for i in readers}
+            shares = {i: self.readers[i].share(task) for i in readers}
+            # Where a task is rare, its rows come along with the others: waiting for them would read a lot for little.
+            seen = {i: self.readers[i].seen[task] for i in readers if shares[i] >= _RARE * max(shares.values())}
             last = min(seen, key=seen.get)
             # One that also has the other task would else be read for that one, and serve both.
             behind = seen[last] < max(seen.values()) - self.pairs.pool_size
@@ -384,7 +409,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             if found["error"]:
                 raise BrokenRow(found["error"])
         except BrokenRow as error:
-            counts.note_broken(where, str(error))
+            counts.note_broken(where, str(error), self.pairs.quiet)
             return
         task = found["is_edit"]
         reader.seen[task] += 1
@@ -398,12 +423,15 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             )  # the oldest, so that all streams have their share
             counts.surplus += 1
             kind = "edits" if task else "text-to-image rows"
-            counts.tell(f"{stream.name}: more {kind} than edit_ratio {self.edit_ratio} takes, some are passed over")
+            message = f"{stream.name}: more {kind} than edit_ratio {self.edit_ratio} takes, some are passed over"
+            counts.tell(message, self.pairs.quiet)
 
     def _state(self) -> dict:
         counts = self.pairs.counts
         return {
-            "turn": self.turn,
+            "blocks": self.turn * self.num_processes,
+            "streams": [stream.identity() for stream in self.pairs.streams],
+            "sizes": self.pairs.buckets,
             "readers": [reader.state() for reader in self.readers],
             "rng": self.rng.bit_generator.state,
             "counts": [counts.rows, counts.broken, counts.surplus],
@@ -412,15 +440,17 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             "buckets": [(task, bucket) for task, pool in self.pools.items() for bucket in pool],
         }
 
-    def save(self, folder: Path, turn: int) -> None:
-        """Write what is needed to go on after `turn` turns: `stream.json`, and bytes of the pool's pictures.
+    def save(self, folder: Path, blocks: int) -> None:
+        """Write what is needed to go on after so many blocks: `stream.json`, and bytes of the pool's pictures.
+
+        Blocks are those of all processes together, so their number may be another when training goes on.
 
         Raises:
             InputError: the folder cannot be written.
             KeyError: more turns than `lookahead` were drawn ahead.
         """
         states = {**dict(self._snapshots), self.turn: self._state()}
-        state = dict(states[turn])
+        state = dict(states[blocks // self.num_processes])
         pool: list[StreamedRow] = state.pop("pool")
         blobs: dict[str, torch.Tensor] = {}
         state["pool"] = [[e.source, _packed(e.row, blobs), e.is_edit, e.bucket, e.source_id, e.where] for e in pool]
@@ -437,12 +467,17 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         if not path.is_file():
             raise InputError(f"checkpoint {folder}", found=f"no {STATE_FILE}", expected="one of a run with streaming")
         state = json.loads(path.read_text(encoding="utf-8"))
-        if len(state["readers"]) != len(self.readers):
-            found, expected = f"{len(self.readers)} datasets", f"{len(state['readers'])}, as when it was written"
-            raise InputError(f"checkpoint {folder}", found=found, expected=expected)
+        for what, now in (
+            ("datasets, files or columns", [stream.identity() for stream in self.pairs.streams]),
+            ("resolution, bucket_mode or max_aspect", self.pairs.buckets),
+        ):
+            kept = state["sizes" if now is self.pairs.buckets else "streams"]
+            if kept != json.loads(json.dumps(now)):
+                remedy = "Name another output_dir, or take this run's own settings."
+                raise InputError(f"checkpoint {folder}", found=f"other {what} than when it was written", remedy=remedy)
         for reader, saved in zip(self.readers, state["readers"], strict=True):
             reader.load(saved)
-        self.turn = state["turn"]
+        self.turn = state["blocks"] // self.num_processes
         self.rng.bit_generator.state = state["rng"]
         counts = self.pairs.counts
         counts.rows, counts.broken, counts.surplus = state["counts"]
@@ -459,8 +494,9 @@ def _packed(value, blobs: dict[str, torch.Tensor]):
     """Return a value of a row as JSON knows it, its bytes put among `blobs`."""
     if isinstance(value, bytes):
         name = str(len(blobs))
-        blobs[name] = torch.tensor(bytearray(value), dtype=torch.uint8)
-        return {_BLOB: name}
+        if value:
+            blobs[name] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        return {_BLOB: name if value else None}
     if isinstance(value, dict):
         return {key: _packed(item, blobs) for key, item in value.items()}
     return [_packed(item, blobs) for item in value] if isinstance(value, list) else value
@@ -469,6 +505,6 @@ def _packed(value, blobs: dict[str, torch.Tensor]):
 def _unpacked(value, blobs: dict[str, torch.Tensor]):
     if isinstance(value, dict):
         if _BLOB in value:
-            return blobs[value[_BLOB]].numpy().tobytes()
+            return blobs[value[_BLOB]].numpy().tobytes() if value[_BLOB] is not None else b""
         return {key: _unpacked(item, blobs) for key, item in value.items()}
     return [_unpacked(item, blobs) for item in value] if isinstance(value, list) else value
