@@ -139,14 +139,15 @@ class FlowMatchingTrainer(Trainer):
             in float32, what is frozen in the type it comes in.
         args: settings.
         train_dataset: map-style dataset of samples (module docstring) with `is_edit`, one bool for each sample, and,
-            if sizes differ, `buckets`, one hashable for each sample that says its size.
+            if sizes differ, `buckets`, one hashable for each sample that says its size; or `StreamedPairs`.
         previews: callable `(pipeline, step) -> PIL image` drawing the fixed-seed grid, or None.
         callbacks: further transformers callbacks.
         peft_config: train LoRAs with these settings instead of `args.trainable`.
 
     Raises:
-        InputError: several text encoders to train, LoRA beside other trained weights, or LoRA targets that the
-            transformer does not have.
+        InputError: several text encoders to train, LoRA beside other trained weights, LoRA targets that the
+            transformer does not have, a stream without `max_steps`, a logger that is not installed, a hub that cannot
+            be used, or what sharded training does not do.
     """
 
     def __init__(

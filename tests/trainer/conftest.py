@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2.core.micro import MAX_TOKENS, SHIFT, VAE_CONFIG
@@ -71,6 +71,18 @@ def vae():
     torch.manual_seed(0)
     vae = AutoencoderTiny(**VAE_CONFIG)
     initialize(vae, to_pixels([render(scene) for scene in sample_scenes(8, seed=0)]))
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def kl_vae():
+    """Return a tiny VAE with a posterior and the published scaling, random."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
     return vae.eval()
 
 

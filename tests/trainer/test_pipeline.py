@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -310,7 +310,7 @@ def word_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def three_encoders(tokenizer, randomise):
+def three_encoders(tokenizer, randomise, kl_vae):
     """Return a pipeline with two CLIPs, a T5 and a VAE with a posterior, like the published one but tiny."""
 
     def clip(width, projection):
@@ -324,11 +324,6 @@ def three_encoders(tokenizer, randomise):
     torch.manual_seed(0)
     words = word_tokenizer(f"make the red circle blue a photo {DEFAULT_EDIT_NEGATIVE_PROMPT}")
     t5 = T5Config(vocab_size=len(words), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
     transformer = SD3Transformer2DKontextModel(
         sample_size=8, num_layers=2, num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=128,
         pooled_projection_dim=20, pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
@@ -336,7 +331,7 @@ def three_encoders(tokenizer, randomise):
     pipe = StableDiffusion3KontextPipeline(
         transformer=randomise(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=kl_vae,
         text_encoder=clip(16, 8),
         tokenizer=tokenizer,
         text_encoder_2=clip(24, 12),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from transformers import (
     CLIPTextConfig,
@@ -30,23 +30,18 @@ def clip(tokenizer, width: int, projection: int) -> CLIPTextModelWithProjection:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, randomise, small_config):
+def model(tmp_path_factory, randomise, small_config, kl_vae):
     """Return a folder in the published layout: three text encoders, a VAE with a posterior, dual attention."""
     torch.manual_seed(0)
     tokenizers = resolve_install().root / "comfy"
     words = CLIPTokenizer.from_pretrained(tokenizers / "sd1_tokenizer", model_max_length=77)
     pieces = T5TokenizerFast.from_pretrained(tokenizers / "text_encoders" / "t5_tokenizer")
     t5 = T5Config(vocab_size=len(pieces), d_model=48, d_kv=16, d_ff=64, num_layers=2, num_heads=3)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
     sizes = {"joint_attention_dim": 48, "pooled_projection_dim": 12 + 20}
     pipe = StableDiffusion3KontextPipeline(
         transformer=randomise(SD3Transformer2DKontextModel(**{**small_config, **sizes})),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
+        vae=kl_vae,
         text_encoder=clip(words, 16, 12),
         tokenizer=words,
         text_encoder_2=clip(words, 24, 20),
