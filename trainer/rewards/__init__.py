@@ -1,0 +1,84 @@
+"""Reward functions of reinforcement learning, in TRL's shape: `f(prompts, images, **columns) -> list[float | None]`.
+
+`prompts` are texts and `images` 8-bit RGB pictures, one for each sample; `columns` are the dataset's others, as lists.
+None says that a reward does not apply to a sample, or could not be found out. A function may be a coroutine; several
+are awaited together.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from ...core.errors import InputError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What reward functions said. Example: `asyncio.run(score([f], prompts, images, columns))`."""
+
+    rewards: torch.Tensor
+    """(B, R), float64; nan where a reward does not apply."""
+    warnings: tuple[str, ...]
+    """What a person should know: a reward that says the same of everything teaches nothing."""
+
+
+def name_of(function: RewardFunction) -> str:
+    """Return the name that a reward has in logs."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+async def score(
+    functions: Sequence[RewardFunction], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
+) -> Scores:
+    """Ask all reward functions about B samples.
+
+    Args:
+        functions: R reward functions.
+        prompts, images: B each.
+        columns: B values each.
+
+    Raises:
+        InputError: a function that fails, returns another number of values, infinity, or nothing for any sample.
+    """
+    found = await asyncio.gather(*(_ask(function, prompts, images, columns) for function in functions))
+    rewards = torch.tensor(found, dtype=torch.float64).reshape(len(functions), len(prompts)).T
+    if rewards.isnan().all(dim=1).all() and len(prompts):
+        names = ", ".join(map(name_of, functions))
+        raise InputError("rewards", found=f"none for any of {len(prompts)} samples", expected=f"some from {names}")
+    warnings = []
+    for function, column in zip(functions, rewards.T, strict=True):
+        values = column[~column.isnan()]
+        if len(values) > 1 and values.max() == values.min():
+            warnings.append(f"reward {name_of(function)} is {values[0].item():g} for all of {len(values)} samples")
+    return Scores(rewards, tuple(warnings))
+
+
+async def _ask(function: RewardFunction, prompts, images, columns) -> list[float]:
+    name = f"reward {name_of(function)}"
+    try:
+        values = function(prompts, images, **columns)
+        values = list(await values if inspect.isawaitable(values) else values)
+    except InputError:
+        raise
+    except Exception as error:  # it is the user's code, or a server's answer
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(name, found=found, expected="a number or None for each sample") from error
+    if len(values) != len(prompts):
+        raise InputError(name, found=f"{len(values)} values", expected=f"{len(prompts)}, one for each sample")
+    numbers = []
+    for value in values:
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.inf
+        if math.isinf(number):
+            raise InputError(name, found=repr(value)[:80], expected="a number or None for each sample")
+        numbers.append(number)
+    return numbers
