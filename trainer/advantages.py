@@ -20,9 +20,9 @@ class Advantages:
     values: torch.Tensor
     """(B,), 0 where nothing is to be learned."""
     rewards: torch.Tensor
-    """(B,): weighted sums of the rewards that apply; nan where none does."""
+    """(B,): weighted sums of the rewards that apply to the group; nan where none does, or one is not known."""
     informative: torch.Tensor
-    """(B,) bool: the sample's group has rewards that differ."""
+    """(B,) bool: all its group's rewards are known of the sample, and some of them differ in the group."""
     metrics: dict[str, float]
     """`reward`, `reward_std` (mean of the groups'), `frac_reward_zero_std`."""
 
@@ -38,7 +38,8 @@ def advantages(
     """Return how much better than its group each sample is.
 
     Args:
-        rewards: (B, R); nan means that a reward does not apply to a sample (such as one for edits).
+        rewards: (B, R); nan means that a reward does not apply to a group (such as one for edits), or, where others of
+            the group have it, that it could not be found out: such a sample teaches nothing.
         groups: (B,) int64, the same number for the samples of a group.
         weights: (R,), default all 1.
         scale_rewards: divide by the standard deviation of the `group`, of the `batch`, or not (`none`).
@@ -56,8 +57,10 @@ def advantages(
     ):
         if value not in known:
             raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
-    rewards = rewards.double()
-    weights = torch.ones(rewards.shape[1], dtype=torch.float64) if weights is None else weights.double()
+    device = rewards.device
+    rewards, groups = rewards.detach().cpu().double(), groups.cpu()
+    weights = torch.ones(rewards.shape[1]) if weights is None else weights.cpu()
+    weights = weights.double()
     if len(groups) != len(rewards) or len(weights) != rewards.shape[1]:
         found = f"rewards {tuple(rewards.shape)}, groups {tuple(groups.shape)}, weights {tuple(weights.shape)}"
         raise ValueError(f"shapes: found {found}, expected (B, R), (B,) and (R,)")
@@ -67,7 +70,10 @@ def advantages(
     if (sizes < 2).any():
         raise ValueError("groups: found one of a single sample, expected at least 2 to compare")
     applies = ~rewards.isnan()
-    total = (rewards.nan_to_num() * weights).sum(dim=1).where(applies.any(dim=1), torch.nan)
+    in_group = torch.stack([applies[members == group].any(dim=0) for group in range(len(sizes))])
+    # One that others of the group have and this sample lacks could not be found out: it must not count as 0.
+    complete = applies.any(dim=1) & (applies == in_group[members]).all(dim=1)
+    total = (rewards.nan_to_num() * weights).sum(dim=1).where(complete, torch.nan)
     center, spread = _by_group(total, members, len(sizes))
     if aggregation == "sum_then_normalize":
         values = total - center[members]
@@ -76,24 +82,25 @@ def advantages(
     else:
         each = []
         for column in rewards.T:
-            column_center, column_spread = _by_group(column, members, len(sizes))
+            column_center, column_spread = _by_group(column.where(complete, torch.nan), members, len(sizes))
             scaled = (column - column_center[members]) / (column_spread[members] + _EPSILON)
             each.append(scaled.nan_to_num())
-        values = (torch.stack(each, dim=1) * weights).sum(dim=1)
+        values = (torch.stack(each, dim=1) * weights).sum(dim=1).where(complete, torch.nan)
     if scale_rewards == "batch" or (aggregation == "normalize_then_sum" and scale_rewards == "group"):
         over = total if aggregation == "sum_then_normalize" else values
         values = values / (_std(over[~over.isnan()]) + _EPSILON)
-    informative = _varies(rewards, members, len(sizes))[members]
-    values = values.nan_to_num().where(informative, 0.0)
+    varies = _varies(rewards.where(complete[:, None], torch.nan), members, len(sizes))
+    values = values.nan_to_num().where(varies[members], 0.0)
     if clip is not None:
         values = values.clamp(-clip, clip)
     valid = spread[~spread.isnan()]
     metrics = {
         "reward": total.nanmean().item(),
         "reward_std": valid.mean().item() if len(valid) else float("nan"),
-        "frac_reward_zero_std": 1 - _varies(rewards, members, len(sizes)).double().mean().item(),
+        "frac_reward_zero_std": 1 - varies.double().mean().item(),
     }
-    return Advantages(values.float(), total.float(), informative, metrics)
+    informative = varies[members] & complete
+    return Advantages(values.float().to(device), total.float().to(device), informative.to(device), metrics)
 
 
 def _std(values: torch.Tensor) -> torch.Tensor:
@@ -110,6 +117,8 @@ def _by_group(values: torch.Tensor, members: torch.Tensor, count: int) -> tuple[
 
 
 def _varies(rewards: torch.Tensor, members: torch.Tensor, count: int) -> torch.Tensor:
-    """Return for each group (G,) whether any reward differs among its samples."""
-    spreads = torch.stack([_by_group(column, members, count)[1] for column in rewards.T])
-    return (spreads.nan_to_num() > 0).any(dim=0)
+    """Return for each group (G,) whether any reward differs in it; a deviation would not be exactly 0."""
+    groups = [rewards[members == group] for group in range(count)]
+    highest = torch.stack([group.nan_to_num(nan=-torch.inf).amax(dim=0) for group in groups])
+    lowest = torch.stack([group.nan_to_num(nan=torch.inf).amin(dim=0) for group in groups])
+    return (highest > lowest).any(dim=1)

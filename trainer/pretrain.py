@@ -103,6 +103,9 @@ class PretrainArguments:
     )
 
     def __post_init__(self):
+        for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
         check_share("max_broken", self.max_broken)
         check_one_of("cache_dtype", self.cache_dtype, EXPORT_DTYPES)
         if self.cache_batch_size < 1:
@@ -115,9 +118,6 @@ class PretrainArguments:
         if self.streaming and (self.cache_dir is not None or MICRO in self.dataset_name):
             found = "dataset_name micro too" if self.cache_dir is None else "cache_dir too"
             raise InputError("streaming", found=found, expected="data of your own, encoded as it comes")
-        for name in ("dataset_name", "lora_target_modules"):  # a YAML file may hold one word
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else value)
 
     def peft_config(self) -> LoraConfig | None:
         """Return PEFT's settings under `use_peft`, else None."""
@@ -244,7 +244,7 @@ def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline
 
 
 def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
-    """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`."""
+    """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`. `main` pushes it."""
     peft_config = script_args.peft_config()
     output_dir = Path(args.output_dir)
     check_replaceable(output_dir / "export")
@@ -301,7 +301,7 @@ def _check_identity(script_args: PretrainArguments, args: FlowMatchingConfig, ro
     if resumed and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         for name, value in identity.items():
-            if kept.get(name) != value:
+            if name in kept and kept[name] != value:
                 remedy = "Name another output_dir, or take this run's own settings."
                 found, expected = f"{value}", f"{kept.get(name)}, with which {path.parent} was begun"
                 raise InputError(f"{name} of a resumed run", found=found, expected=expected, remedy=remedy)

@@ -24,6 +24,8 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Transition:
     """The Gaussian that a noisy step draws from. Example: `transition("cps", x, velocity, 0.9, 0.8, eta=0.8)`."""
 
+    dynamics: str
+    """One of `DYNAMICS`."""
     mean: torch.Tensor
     """(B, C, H, W), float32."""
     std: float
@@ -75,17 +77,17 @@ def transition(
         raise ValueError(f"dynamics: found {dynamics!r}, expected one of {', '.join(DYNAMICS)}")
     if not std > 0:
         raise ValueError(f"eta {eta} to sigma {next_sigma}: found no noise, expected some; use euler_step")
-    return Transition(mean, std, rate)
+    return Transition(dynamics, mean, std, rate)
 
 
-def log_prob(dynamics: str, sample: torch.Tensor, step: Transition) -> torch.Tensor:
+def log_prob(sample: torch.Tensor, step: Transition) -> torch.Tensor:
     """Return the logarithm of a sample's probability (B,), as a mean over its numbers.
 
     For `cps` it is `-(sample - mean)^2` alone, as its authors do it: variance and constants cancel in a ratio, and
     steps near the picture, whose variance is small, would outweigh all others.
     """
     squares = (sample.float() - step.mean).square().flatten(1).mean(dim=1)
-    if dynamics == "cps":
+    if step.dynamics == "cps":
         return -squares
     return -squares / (2 * step.std**2) - math.log(step.std) - 0.5 * math.log(2 * math.pi)
 
@@ -104,7 +106,7 @@ def kl(step: Transition, reference: Transition, scaling: str = "exact") -> torch
     if scaling not in KL_SCALINGS:
         raise ValueError(f"kl scaling: found {scaling!r}, expected one of {', '.join(KL_SCALINGS)}")
     std = step.std if scaling == "exact" else step.rate
-    return (step.mean - reference.mean).square().flatten(1).mean(dim=1) / (2 * std**2)
+    return (step.mean - reference.mean.detach()).square().flatten(1).mean(dim=1) / (2 * std**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class Rollout:
     """(S, B, C, H, W), storage type: latents before each of the S noisy steps."""
     after: torch.Tensor
     """(S, B, C, H, W), storage type: what each step drew."""
+    means: torch.Tensor | None
+    """(S, B, C, H, W), float32: means of the steps under the model that drew them; None where they are not kept."""
     log_probs: torch.Tensor
     """(S, B), float32, under the model that drew them."""
     steps: tuple[int, ...]
@@ -157,6 +161,7 @@ def rollout(
     window: range,
     generator: torch.Generator | None = None,
     storage_dtype: torch.dtype = torch.float32,
+    keep_means: bool = False,
 ) -> Rollout:
     """Draw pictures, with noise in the steps of `window` and without elsewhere.
 
@@ -169,15 +174,16 @@ def rollout(
             has no noise under `cps`, and `flow_sde` would leave noise in the picture.
         generator: on the CPU; source of the steps' noise, so it is the same on any device.
         storage_dtype: in which latents around noisy steps are kept.
+        keep_means: store the steps' means, too, as GRPO-Guard needs them.
 
     Raises:
         ValueError: a window beyond the last step but one, or see `transition`.
     """
-    schedule = [float(sigma) for sigma in sigmas]
+    schedule = _numbers(sigmas)
     if window and not 0 <= window[0] <= window[-1] < len(schedule) - 2:
         raise ValueError(f"window: found {window}, expected steps 0 to {len(schedule) - 3}")
     latents = latents.float()
-    before, after, log_probs = [], [], []
+    before, after, means, log_probs = [], [], [], []
     for number, (sigma, next_sigma) in enumerate(zip(schedule, schedule[1:], strict=False)):
         if number in window:
             latents = latents.to(storage_dtype).float()
@@ -190,13 +196,15 @@ def rollout(
         drawn = (step.mean + step.std * noise).to(storage_dtype)
         before.append(latents.to(storage_dtype))
         after.append(drawn)
-        log_probs.append(log_prob(dynamics, drawn, step))
+        means += [step.mean] if keep_means else []
+        log_probs.append(log_prob(drawn, step))
         latents = drawn.float()
     empty = latents.new_empty(0, *latents.shape, dtype=storage_dtype)
     return Rollout(
         latents,
         torch.stack(before) if before else empty,
         torch.stack(after) if after else empty,
+        torch.stack(means) if means else None,
         torch.stack(log_probs) if log_probs else latents.new_empty(0, len(latents)),
         tuple(window),
     )
@@ -214,9 +222,14 @@ def replay(
         place: which of the S noisy steps, from 0.
         sigmas, dynamics, eta: as they were for `rollout`.
     """
-    number = drawn.steps[place]
-    sigma, next_sigma = float(sigmas[number]), float(sigmas[number + 1])
+    number, schedule = drawn.steps[place], _numbers(sigmas)
+    sigma, next_sigma = schedule[number], schedule[number + 1]
     latents = drawn.before[place].float()
     velocity = predict(latents, latents.new_full((len(latents),), sigma))
-    step = transition(dynamics, latents, velocity, sigma, next_sigma, eta, float(sigmas[1]))
-    return log_prob(dynamics, drawn.after[place], step), step
+    step = transition(dynamics, latents, velocity, sigma, next_sigma, eta, schedule[1])
+    return log_prob(drawn.after[place], step), step
+
+
+def _numbers(sigmas: torch.Tensor) -> list[float]:
+    """Return a schedule's sigmas; a shift may leave the first an ulp beside 1, and formulae divide by 1 - sigma."""
+    return [1.0 if abs(float(sigma) - 1) < 1e-5 else float(sigma) for sigma in sigmas]

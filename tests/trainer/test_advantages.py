@@ -55,6 +55,34 @@ def test_rewards_that_do_not_apply():
     assert one.values[2:].tolist() == [0, 0], "one number has nothing to be compared with"
 
 
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_reward_that_could_not_be_found_out_is_no_zero(aggregation):
+    """The others of the group are compared as if that sample had not been drawn."""
+    rewards = [[0.5, 0.8], [0.5, 0.9], [0.5, 0.7], [0.5, NAN]]
+    options = {"aggregation": aggregation, "scale_rewards": "none"}
+    found = of(rewards, torch.zeros(4, dtype=torch.int64), **options)
+    torch.testing.assert_close(found.values[:3], of(rewards[:3], torch.zeros(3, dtype=torch.int64), **options).values)
+    assert found.values[3] == 0 and found.informative.tolist() == [True, True, True, False]
+    assert found.rewards[3].isnan()
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.1, 3), (0.7, 24), (0.9, 7)])
+def test_equal_rewards_are_equal_whatever_rounding_does(value, count):
+    found = of([[value]] * count, torch.zeros(count, dtype=torch.int64))
+    assert found.metrics["frac_reward_zero_std"] == 1 and not found.informative.any() and (found.values == 0).all()
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_groups_without_rewards_do_not_change_the_others(aggregation):
+    rewards, groups = [[1.0], [0.0], [0.5], [0.25]], torch.tensor([0, 0, 1, 1])
+    more = rewards + [[NAN]] * 12
+    options = {"aggregation": aggregation, "scale_rewards": "batch", "clip": None}
+    alone = of(rewards, groups, **options).values
+    among = of(more, torch.cat([groups, torch.full((12,), 2)]), **options).values
+    torch.testing.assert_close(among[:4], alone)
+    assert (among[4:] == 0).all()
+
+
 def test_weights():
     rewards = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     result = of(rewards, weights=torch.tensor([2.0, 1.0]), scale_rewards="none")

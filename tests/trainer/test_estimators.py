@@ -71,7 +71,7 @@ def guard_case(shift):
     old = transition("flow_sde", latents, velocity, 0.8, 0.7, 0.7)
     drawn = old.mean + old.std * noise
     new = transition("flow_sde", latents, velocity + shift, 0.8, 0.7, 0.7)
-    logs = log_prob("flow_sde", drawn, new), log_prob("flow_sde", drawn, old)
+    logs = log_prob(drawn, new), log_prob(drawn, old)
     return guarded_loss(*logs, new, old.mean, 0.1, ADVANTAGES, 1e-2), logs, new, old, drawn
 
 
@@ -82,6 +82,12 @@ def test_guarded_ratios_are_one_at_first_and_by_formula_afterwards():
     moved, (new_log, old_log), new, old, _ = guard_case(0.05)
     bias = (new.mean - old.mean).square().mean(dim=(1, 2, 3)) / (2 * new.std**2)
     torch.testing.assert_close(moved.ratio, ((new_log - old_log + bias) * new.std).exp())
+
+
+def test_steps_without_variance_are_not_guarded():
+    step = transition("cps", randn(3, 16, 4, 4), randn(3, 16, 4, 4, seed=1), 0.8, 0.7, 0.7)
+    with pytest.raises(ValueError, match="dynamics: found cps, expected flow_sde"):
+        guarded_loss(ADVANTAGES, ADVANTAGES, step, step.mean, 0.1, ADVANTAGES, 1e-2)
 
 
 def test_guarded_ratios_are_centred():

@@ -44,6 +44,14 @@ def test_a_reward_that_never_changes_is_told():
     assert ask([same], 3).warnings == ("reward same is 0.25 for all of 3 samples",)
 
 
+def test_no_reward_at_all_is_told_and_ends_nothing():
+    def absent(prompts, images, **columns):
+        return [None, float("nan")]
+
+    found = ask([absent])
+    assert found.rewards.isnan().all() and found.warnings == ("no reward for any of 2 samples, from absent",)
+
+
 def boom(prompts, images, **columns):
     raise KeyError("mask")
 
@@ -54,7 +62,6 @@ def boom(prompts, images, **columns):
         (lambda prompts, images, **columns: [1.0], "found 1 values, expected 2"),
         (lambda prompts, images, **columns: [1.0, float("inf")], "found inf, expected a number"),
         (lambda prompts, images, **columns: ["good", "bad"], "found 'good', expected a number or None"),
-        (lambda prompts, images, **columns: [None, float("nan")], "none for any of 2 samples"),
         (boom, "reward boom: found KeyError: 'mask'"),
     ],
 )
@@ -168,6 +175,22 @@ def test_text_to_image_is_not_asked_about(server):
     [
         ((500, b"out of memory"), "status 500"),
         ((429, b""), "status 429"),
+        ("closed", "connection: "),
+        (1.0, "timeout"),
+    ],
+)
+def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer, reason):
+    server.behave = lambda number, request: answer
+    values, judge = judged(server, max_retries=1, timeout=0.3)
+    assert values == [None] and len(server.requests) == 4, "two questions, each asked twice"
+    ((found, count),) = judge.failures.items()
+    assert found.startswith(reason) and count == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((404, b"no such model"), "status 404"),
         ((200, b"<html>"), "no chat completion"),
         ((200, b"{}"), "no chat completion"),
         (completion("nine of ten"), "no JSON with scores"),
@@ -178,16 +201,13 @@ def test_text_to_image_is_not_asked_about(server):
         (completion('{"scores": [true, "5"]}'), "scores outside 0 to 10"),
         (completion('{"scores": [5]}'), "another number of scores than 2"),
         (completion(None), "no JSON with scores"),
-        ("closed", "connection: "),
-        (1.0, "timeout"),
     ],
 )
-def test_every_misbehaviour_is_tried_again_then_counted(server, answer, reason):
+def test_every_answer_that_cannot_be_used_is_counted(server, answer, reason):
+    """It is not asked for again, and does not count against the server."""
     server.behave = lambda number, request: answer
-    values, judge = judged(server, max_retries=1, timeout=0.3)
-    assert values == [None] and len(server.requests) == 4, "two questions, each asked twice"
-    ((found, count),) = judge.failures.items()
-    assert found.startswith(reason) and count == 2
+    values, judge = judged(server, 3, max_retries=2, max_failures=1)
+    assert values == [None] * 3 and len(server.requests) == 6 and judge.failures == {reason: 6}
 
 
 def test_one_bad_answer_is_mended_by_asking_again(server):
@@ -213,12 +233,30 @@ def test_requests_at_a_time_are_limited(server):
 
 def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server):
     server.behave = lambda number, request: (500, b"")
-    values, judge = judged(server, 10, max_retries=0, concurrency=1, max_failures=3, cooldown=0.5)
+    values, judge = judged(server, 10, max_retries=0, concurrency=1, max_failures=3, cooldown=0.4)
     assert values == [None] * 10 and len(server.requests) == 3
     assert judge.failures == {"status 500": 3, "server left alone": 17}
-    time.sleep(0.5)
+
+    def again():
+        return asyncio.run(judge(["x"] * 3, [PICTURE] * 3, source_image=[PICTURE] * 3))
+
+    time.sleep(0.4)
+    assert again() == [None] * 3 and len(server.requests) == 4, "one request tries it, and fails"
+    time.sleep(0.4)
+    assert again() == [None] * 3 and len(server.requests) == 4, "twice as long"
+    time.sleep(0.4)
     server.behave = lambda number, request: good(10, 10)
-    assert asyncio.run(judge(["x"], [PICTURE], source_image=[PICTURE])) == [1.0]
+    assert again() == [1.0] * 3
+
+
+def test_waiting_for_a_retry_holds_nobody_up(server):
+    def behave(number, request):
+        return (500, b"") if "make it 0" in request["messages"][0]["content"][-1]["text"] else good(10, 10)
+
+    server.behave = behave
+    judged(server, 4, concurrency=1, max_retries=1, backoff=0.3)
+    texts = [request["messages"][0]["content"][-1]["text"] for request in server.requests]
+    assert "make it 0" in texts[0] and "make it 0" in texts[-1] and "make it 3" not in texts[-1]
 
 
 def test_no_server_at_all():

@@ -57,11 +57,12 @@ def test_little_noise_is_nearly_the_plain_step(dynamics):
 
 
 def test_log_probs_by_hand():
-    step = Transition(randn(3, 16, 4, 4), 0.3, 0.9)
+    step = Transition("flow_sde", randn(3, 16, 4, 4), 0.3, 0.9)
     sample = step.mean + 0.3 * randn(3, 16, 4, 4, seed=1)
     exact = torch.distributions.Normal(step.mean, 0.3).log_prob(sample).flatten(1).mean(dim=1)
-    torch.testing.assert_close(log_prob("flow_sde", sample, step), exact)
-    torch.testing.assert_close(log_prob("cps", sample, step), -(sample - step.mean).square().flatten(1).mean(dim=1))
+    torch.testing.assert_close(log_prob(sample, step), exact)
+    step = Transition("cps", step.mean, 0.3, 0.3)
+    torch.testing.assert_close(log_prob(sample, step), -(sample - step.mean).square().flatten(1).mean(dim=1))
 
 
 def test_kl_in_both_scalings():
@@ -135,6 +136,24 @@ def test_the_same_seed_gives_the_same_rollout():
     noise = randn(2, 16, 8, 8)
     one, two, other = (rollout(predict, noise, SIGMAS, "cps", 0.8, range(0, 2), seeded(s)) for s in (1, 1, 2))
     assert torch.equal(one.latents, two.latents) and not torch.equal(one.latents, other.latents)
+
+
+@pytest.mark.parametrize("first", [0.9999999, 1.0000001])
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
+def test_a_schedule_that_starts_beside_one(dynamics, first):
+    """As diffusers' scheduler does under some shifts."""
+    noise, beside = randn(2, 16, 8, 8), torch.cat([torch.tensor([first]), SIGMAS[1:]])
+    exact, found = (rollout(predict, noise, s, dynamics, 0.7, range(2), seeded(1)) for s in (SIGMAS, beside))
+    assert torch.equal(exact.latents, found.latents) and torch.equal(exact.log_probs, found.log_probs)
+    assert torch.equal(replay(predict, found, 0, beside, dynamics, 0.7)[0], found.log_probs[0])
+
+
+def test_means_are_kept_on_demand():
+    drawn = rollout(predict, randn(2, 16, 8, 8), SIGMAS, "flow_sde", 0.7, range(3), seeded(1), keep_means=True)
+    assert drawn.means.shape == drawn.after.shape
+    for place in range(3):
+        assert torch.equal(replay(predict, drawn, place, SIGMAS, "flow_sde", 0.7)[1].mean, drawn.means[place])
+    assert rollout(predict, randn(2, 16, 8, 8), SIGMAS, "cps", 0.7, range(3), seeded(1)).means is None
 
 
 def test_windows():

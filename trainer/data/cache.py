@@ -36,7 +36,7 @@ def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype) ->
         dtype: type in which latents and text states are stored.
         encoder_dtype: type in which the encoders compute.
     """
-    digest = hashlib.blake2b(f"2 {dtype} {encoder_dtype}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"3 {dtype} {encoder_dtype}".encode(), digest_size=16)
     for name in _ENCODERS:
         component = folder / name
         if not component.is_dir():

@@ -348,6 +348,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         self.rng = np.random.default_rng([seed, len(self.readers)])
         self.pools: dict[bool, dict[_Bucket, list[StreamedRow]]] = {False: {}, True: {}}
         self.turn = 0
+        self._identity = [stream.identity() for stream in pairs.streams]
         self._snapshots: deque[tuple[int, dict]] = deque(maxlen=lookahead + 1)
 
     def __iter__(self) -> Iterator[tuple[StreamedRow, int]]:
@@ -371,9 +372,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             readers = self._sources_of(task)
             if not readers:  # found out just now
                 return self._block(not task)
-            shares = {i: self.readers[i].share(task) for i in readers}
-            # Where a task is rare, its rows come along with the others: waiting for them would read a lot for little.
-            seen = {i: self.readers[i].seen[task] for i in readers if shares[i] >= _RARE * max(shares.values())}
+            seen = {i: self.readers[i].seen[task] for i in readers if not self._is_rare(task, i, readers)}
             last = min(seen, key=seen.get)
             # One that also has the other task would else be read for that one, and serve both.
             behind = seen[last] < max(seen.values()) - self.pairs.pool_size
@@ -396,6 +395,12 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             if possible and (reader.seen[task] or reader.seen[not task] < self.pairs.pool_size):
                 found.append(i)
         return found
+
+    def _is_rare(self, task: bool, number: int, readers: list[int]) -> bool:
+        """Whether a reader's rows of a task come along when it is read for the other: waiting for them costs a lot."""
+        reader, shares = self.readers[number], [self.readers[i].share(task) for i in readers]
+        enough = sum(reader.seen.values()) >= self.pairs.pool_size
+        return 0 < self.edit_ratio < 1 and enough and reader.share(task) < _RARE * max(shares)
 
     def _read(self, number: int) -> None:
         reader, counts = self.readers[number], self.pairs.counts
@@ -430,8 +435,6 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         counts = self.pairs.counts
         return {
             "blocks": self.turn * self.num_processes,
-            "streams": [stream.identity() for stream in self.pairs.streams],
-            "sizes": self.pairs.buckets,
             "readers": [reader.state() for reader in self.readers],
             "rng": self.rng.bit_generator.state,
             "counts": [counts.rows, counts.broken, counts.surplus],
@@ -450,7 +453,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             KeyError: more turns than `lookahead` were drawn ahead.
         """
         states = {**dict(self._snapshots), self.turn: self._state()}
-        state = dict(states[blocks // self.num_processes])
+        state = {**states[blocks // self.num_processes], "streams": self._identity, "sizes": self.pairs.buckets}
         pool: list[StreamedRow] = state.pop("pool")
         blobs: dict[str, torch.Tensor] = {}
         state["pool"] = [[e.source, _packed(e.row, blobs), e.is_edit, e.bucket, e.source_id, e.where] for e in pool]
@@ -468,7 +471,7 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             raise InputError(f"checkpoint {folder}", found=f"no {STATE_FILE}", expected="one of a run with streaming")
         state = json.loads(path.read_text(encoding="utf-8"))
         for what, now in (
-            ("datasets, files or columns", [stream.identity() for stream in self.pairs.streams]),
+            ("datasets, files or columns", self._identity),
             ("resolution, bucket_mode or max_aspect", self.pairs.buckets),
         ):
             kept = state["sizes" if now is self.pairs.buckets else "streams"]

@@ -13,7 +13,7 @@ _TINY = 1e-10
 def matching_log_prob(
     velocity: torch.Tensor, target: torch.Tensor, sigmas: torch.Tensor, power: float = 0.25
 ) -> torch.Tensor:
-    """Return what stands for the log-probability (B,): minus the error's generalised Huber function.
+    """Return what stands for the log-probability (B,), float64: minus the error's generalised Huber function.
 
     `-(sigma / p) ((e + tiny)^p - tiny^p)`, e the mean squared error: the gradient of large errors is bounded.
 
@@ -29,7 +29,7 @@ def matching_log_prob(
     if not power > 0:
         raise ValueError(f"power: found {power}, expected a number above 0")
     error = (velocity.double() - target.double()).square().flatten(1).mean(dim=1)
-    return (-sigmas / power * ((error + _TINY) ** power - _TINY**power)).to(velocity.dtype)
+    return -sigmas.double() / power * ((error + _TINY) ** power - _TINY**power)
 
 
 def awm_loss(
@@ -43,4 +43,4 @@ def awm_loss(
         advantages: (B,); published within -1..1.
         epsilon: ratios count from 1 - epsilon to 1 + epsilon.
     """
-    return clipped_loss((log_probs - old_log_probs).exp(), advantages, epsilon, epsilon)
+    return clipped_loss((log_probs - old_log_probs.detach()).exp(), advantages, epsilon, epsilon)

@@ -36,7 +36,7 @@ def policy_loss(
         epsilon: ratios count from 1 - epsilon on; published 1e-4 (10 steps) and 1e-5 (window of 3, CPS).
         epsilon_high: and up to 1 + epsilon_high; None is epsilon.
     """
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = (log_probs - old_log_probs.detach()).exp()
     return clipped_loss(ratio, advantages, epsilon, epsilon if epsilon_high is None else epsilon_high)
 
 

@@ -24,12 +24,17 @@ def guarded_loss(
     Args:
         log_probs, old_log_probs: (B,), see `flow_grpo.policy_loss`.
         step: the Gaussian of the model that is trained.
-        old_mean: (B, C, H, W), mean of the model that drew the samples.
+        old_mean: (B, C, H, W), mean of the model that drew the samples, as `rollout` stored it.
         length: of the step in sigma, above 0; the loss is divided by it, so that steps weigh alike.
         advantages: (B,).
         epsilon: ratios count from 1 - epsilon to 1 + epsilon; published 2e-6.
+
+    Raises:
+        ValueError: a step of other dynamics, whose log-probabilities leave the variance out.
     """
-    moved = (step.mean - old_mean).square().flatten(1).mean(dim=1) / (2 * step.std**2)
-    ratio = ((log_probs - old_log_probs + moved) * step.std).exp()
+    if step.dynamics != "flow_sde":
+        raise ValueError(f"dynamics: found {step.dynamics}, expected flow_sde for GRPO-Guard")
+    moved = (step.mean - old_mean.detach()).square().flatten(1).mean(dim=1) / (2 * step.std**2)
+    ratio = ((log_probs - old_log_probs.detach() + moved) * step.std).exp()
     clipped = clipped_loss(ratio, advantages, epsilon, epsilon)
     return PolicyLoss(clipped.loss / length, clipped.ratio, clipped.clipped_low, clipped.clipped_high)

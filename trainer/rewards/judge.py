@@ -23,11 +23,16 @@ from ...core.errors import InputError
 
 _PROMPTS = Path(__file__).resolve().parent / "prompts"
 _HIGHEST = 10
+_MOST_DOUBLINGS = 4
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
 
 
 class JudgeFailed(Exception):
     """A question without a usable answer; the message is the reason."""
+
+
+class ServerFailed(JudgeFailed):
+    """It is the server's doing, and may be another time: no connection, no answer in time, too busy, broken."""
 
 
 class EditJudge:
@@ -38,11 +43,12 @@ class EditJudge:
         model: name that the server knows the model by.
         api_key: sent as a bearer token.
         timeout: seconds that one request may take.
-        max_retries: further tries of a question after a failure.
+        max_retries: further tries of a question after the server failed; answers that cannot be used are not asked for
+            again, as they would be the same.
         backoff: seconds before the first retry, doubled for each further one.
         concurrency: requests under way at a time.
-        max_failures: questions in a row without an answer after which the server is left alone.
-        cooldown: seconds that it is left alone.
+        max_failures: failures of the server in a row after which it is left alone.
+        cooldown: seconds that it is left alone; then one request tries it, and it is twice as long if that fails, too.
         success_prompt, quality_prompt: files with the questions; `{instruction}` stands for the edit's.
 
     Raises:
@@ -80,7 +86,8 @@ class EditJudge:
         self.success_prompt, self.quality_prompt = _read(success_prompt), _read(quality_prompt)
         self.failures: Counter[str] = Counter()
         """Questions without an answer, by reason."""
-        self._in_a_row, self._closed_until = 0, 0.0
+        self._in_a_row = self._trips = 0
+        self._closed_until, self._probing = 0.0, False
 
     __name__ = "edit_judge"
 
@@ -89,7 +96,8 @@ class EditJudge:
     ) -> list[float | None]:
         """Return the reward (0 to 1) of each edit, None where there is no source or no answer."""
         slots = asyncio.Semaphore(self.concurrency)
-        async with httpx.AsyncClient(timeout=self.timeout, headers=self.headers) as client:
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        async with httpx.AsyncClient(timeout=self.timeout, headers=self.headers, limits=limits) as client:
             samples = zip(prompts, images, source_image, strict=True)
             return await asyncio.gather(*(self._judge(client, slots, *sample) for sample in samples))
 
@@ -104,39 +112,66 @@ class EditJudge:
         return math.sqrt(math.prod(min(scores) / _HIGHEST for scores in answers))
 
     async def _ask(self, client, slots, text: str, pictures: list[Image.Image]) -> list[float] | None:
-        content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-        message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 256}
-        async with slots:
-            for attempt in range(self.max_retries + 1):
-                if time.monotonic() < self._closed_until:
-                    self.failures["server left alone"] += 1
-                    return None
+        for attempt in range(self.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(self.backoff * 2 ** (attempt - 1))  # outside the slot: others may ask meanwhile
+            async with slots:
+                if not self._is_asked():
+                    reason = "server left alone"
+                    break
                 try:
+                    body = await asyncio.to_thread(self._body, text, pictures)
                     scores = await self._once(client, body)
+                except ServerFailed as failed:
+                    reason = str(failed)
+                    self._note(answered=False)
+                    continue
                 except JudgeFailed as failed:
                     reason = str(failed)
-                else:
-                    self._in_a_row = 0
-                    return scores
-                if attempt < self.max_retries:
-                    await asyncio.sleep(self.backoff * 2**attempt)
-            self.failures[reason] += 1
-            self._in_a_row += 1
-            if self._in_a_row >= self.max_failures:
-                self._closed_until, self._in_a_row = time.monotonic() + self.cooldown, 0
-            return None
+                    self._note(answered=True)
+                    break
+                except BaseException:
+                    self._probing = False
+                    raise
+                self._note(answered=True)
+                return scores
+        self.failures[reason] += 1
+        return None
+
+    def _is_asked(self) -> bool:
+        """Whether the server may be asked now; after a pause one request tries it first."""
+        if time.monotonic() < self._closed_until or self._probing:
+            return False
+        self._probing = self._trips > 0
+        return True
+
+    def _note(self, answered: bool) -> None:
+        self._probing = False
+        if answered:
+            self._in_a_row = self._trips = 0
+            return
+        self._in_a_row += 1
+        if self._trips or self._in_a_row >= self.max_failures:
+            pause = self.cooldown * 2 ** min(self._trips, _MOST_DOUBLINGS)
+            self._closed_until = time.monotonic() + pause
+            self._in_a_row, self._trips = 0, self._trips + 1
+
+    def _body(self, text: str, pictures: list[Image.Image]) -> dict:
+        content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        return {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 256}
 
     async def _once(self, client: httpx.AsyncClient, body: dict) -> list[float]:
         try:
             # Beside httpx's own limit, which a server that sends byte after byte never meets.
             response = await asyncio.wait_for(client.post(self.url, json=body), self.timeout)
         except (httpx.TimeoutException, TimeoutError, asyncio.TimeoutError):
-            raise JudgeFailed("timeout") from None
+            raise ServerFailed("timeout") from None
         except httpx.HTTPError as error:
-            raise JudgeFailed(f"connection: {type(error).__name__}") from None
+            raise ServerFailed(f"connection: {type(error).__name__}") from None
         if response.status_code != 200:
-            raise JudgeFailed(f"status {response.status_code}")
+            passing = response.status_code in (408, 429) or response.status_code >= 500
+            raise (ServerFailed if passing else JudgeFailed)(f"status {response.status_code}")
         try:
             answer = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
