@@ -253,3 +253,10 @@ def test_previews_of_mixed_types(tmp_path, make_small_pipeline, pairs):
     pipe.text_encoder.to(torch.bfloat16)
     FlowMatchingTrainer(pipe, args, dataset, previews=pair_previews(dataset, args)).train()
     assert (tmp_path / "run/previews/step_000002.png").is_file()
+
+
+def test_the_micro_world_is_known_by_its_whole_name(config_file):
+    argv = config_file("model_name_or_path: m\ndataset_name: /data/microscopy\ncache_dir: c\n")
+    assert parse(argv)[0].dataset_name == ["/data/microscopy"]
+    with pytest.raises(InputError, match="cache_dir: found dataset_name micro too"):
+        parse([*argv, "--dataset_name", "micro"])
