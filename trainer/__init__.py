@@ -3,6 +3,8 @@
 import importlib
 
 _EXPORTS = {
+    "FlowGRPOConfig": "flow_grpo_config",
+    "FlowGRPOTrainer": "flow_grpo_trainer",
     "FlowMatchingConfig": "flow_matching_config",
     "FlowMatchingTrainer": "flow_matching_trainer",
     "SD3Transformer2DKontextModel": "kontext_transformer",

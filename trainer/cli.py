@@ -196,7 +196,7 @@ def _export(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..core.checkpoint import export_single_file
-    from .flow_matching_config import EXPORT_DTYPES
+    from .kontext_config import EXPORT_DTYPES
 
     if arguments.dtype is not None:
         check_one_of("--dtype", arguments.dtype, EXPORT_DTYPES)

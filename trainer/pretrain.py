@@ -21,10 +21,12 @@ from .data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complet
 from .data.pairs import PairDataset, measure_sources
 from .data.sources import open_source, open_sources
 from .data.stream import StreamedPairs, open_stream
-from .flow_matching_config import EXPORT_DTYPES, FlowMatchingConfig
-from .flow_matching_trainer import FlowMatchingTrainer, last_checkpoint
+from .flow_matching_config import FlowMatchingConfig
+from .flow_matching_trainer import FlowMatchingTrainer
 from .hub import model_card, push, repository_name
+from .kontext_config import EXPORT_DTYPES
 from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .kontext_trainer import last_checkpoint
 from .micro.dataset import MicroDataset
 from .previews import micro_previews, pair_previews
 from .stages import parse_stages, read_config, run_stages

@@ -8,7 +8,7 @@ from .data.cache import CachedPairs
 from .data.pairs import PairDataset
 from .data.sources import BrokenRow, read_pair
 from .data.stream import StreamedPairs
-from .flow_matching_config import FlowMatchingConfig
+from .kontext_config import KontextConfig
 from .micro.evaluate import draw, judge
 from .micro.sheet import result_sheet
 from .micro.tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
@@ -18,7 +18,7 @@ _SEED = 7
 _THUMBNAIL = 256
 
 
-def micro_previews(args: FlowMatchingConfig):
+def micro_previews(args: KontextConfig):
     """Return a function `(pipeline, step) -> picture` that draws 24 prompts and 12 edits and has them judged."""
     rng = np.random.default_rng([_SEED, 8])
     t2i = [sample_t2i(rng, T2I_KINDS[i % 6])[0] for i in range(24)]
@@ -35,7 +35,7 @@ def micro_previews(args: FlowMatchingConfig):
     return preview
 
 
-def pair_previews(dataset: PairDataset | CachedPairs | StreamedPairs, args: FlowMatchingConfig, each: int = 4):
+def pair_previews(dataset: PairDataset | CachedPairs | StreamedPairs, args: KontextConfig, each: int = 4):
     """Return a function `(pipeline, step) -> picture` that draws prompts and edits of the training data.
 
     A cell shows what was drawn; for an edit the source is on its left. `each` rows of each task are chosen by the

@@ -159,7 +159,7 @@ def rollout(
     dynamics: str,
     eta: float,
     window: range,
-    generator: torch.Generator | None = None,
+    noise: torch.Tensor,
     storage_dtype: torch.dtype = torch.float32,
     keep_means: bool = False,
 ) -> Rollout:
@@ -172,13 +172,17 @@ def rollout(
         dynamics, eta: of the noisy steps, see `transition`.
         window: numbers of the noisy steps; empty is plain Euler sampling. The last step, to sigma 0, cannot be one: it
             has no noise under `cps`, and `flow_sde` would leave noise in the picture.
-        generator: on the CPU; source of the steps' noise, so it is the same on any device.
+        noise: (S, B, C, H, W), what the S noisy steps draw, standard normal: the caller draws it, so that pictures do
+            not depend on how many are drawn at a time.
         storage_dtype: in which latents around noisy steps are kept.
         keep_means: store the steps' means, too, as GRPO-Guard needs them.
 
     Raises:
-        ValueError: a window beyond the last step but one, or see `transition`.
+        ValueError: a window beyond the last step but one, noise of another shape, or see `transition`.
     """
+    if noise.shape != (len(window), *latents.shape):
+        expected = (len(window), *latents.shape)
+        raise ValueError(f"noise: found shape {tuple(noise.shape)}, expected {expected}")
     schedule = _numbers(sigmas)
     if window and not 0 <= window[0] <= window[-1] < len(schedule) - 2:
         raise ValueError(f"window: found {window}, expected steps 0 to {len(schedule) - 3}")
@@ -192,8 +196,7 @@ def rollout(
             latents = euler_step(latents, velocity, sigma, next_sigma)
             continue
         step = transition(dynamics, latents, velocity, sigma, next_sigma, eta, schedule[1])
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        drawn = (step.mean + step.std * noise).to(storage_dtype)
+        drawn = (step.mean + step.std * noise[number - window[0]].to(latents)).to(storage_dtype)
         before.append(latents.to(storage_dtype))
         after.append(drawn)
         means += [step.mean] if keep_means else []

@@ -12,7 +12,7 @@ from unipic2.core.errors import InputError
 from unipic2.core.flow import shift_sigmas
 from unipic2.core.micro import MAX_TOKENS
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
-from unipic2.trainer.flow_matching_trainer import last_checkpoint
+from unipic2.trainer.kontext_trainer import last_checkpoint
 from unipic2.trainer.micro.dataset import MicroDataset
 from unipic2.trainer.micro.tasks import sample_edit
 from unipic2.trainer.micro.world import render

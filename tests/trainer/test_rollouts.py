@@ -19,6 +19,10 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))
 
 
+def step_noise(window, *shape, seed=1):
+    return torch.randn(len(window), *shape, generator=seeded(seed))
+
+
 def predict(latents, sigmas):
     """A velocity that depends on everything, as a model's does."""
     return torch.tanh(latents) * (1 + sigmas.view(-1, 1, 1, 1)) + 0.1 * latents.mean(dim=(1, 2, 3), keepdim=True)
@@ -96,7 +100,7 @@ def test_no_window_is_the_scheduler(make_small_pipeline):
     for time in scheduler.timesteps:
         velocity = predict(latents, (time / 1000).expand(2))
         latents = scheduler.step(velocity, time, latents, return_dict=False)[0]
-    drawn = rollout(predict, noise, scheduler.sigmas, "cps", 0.8, range(0))
+    drawn = rollout(predict, noise, scheduler.sigmas, "cps", 0.8, range(0), step_noise(range(0), 2, 16, 8, 8))
     torch.testing.assert_close(drawn.latents, latents, atol=1e-5, rtol=1e-5)
     assert drawn.steps == () and drawn.log_probs.shape == (0, 2) and drawn.before.shape == (0, 2, 16, 8, 8)
 
@@ -106,7 +110,9 @@ def test_no_window_is_the_scheduler(make_small_pipeline):
     ("dynamics", "window"), [("flow_sde", range(0, 4)), ("cps", range(1, 3)), ("cps", range(0, 1))]
 )
 def test_the_first_ratio_is_one(dynamics, window, storage):
-    drawn = rollout(predict, randn(3, 16, 8, 8), SIGMAS, dynamics, 0.7, window, seeded(1), storage)
+    drawn = rollout(
+        predict, randn(3, 16, 8, 8), SIGMAS, dynamics, 0.7, window, step_noise(window, 3, 16, 8, 8), storage
+    )
     assert drawn.before.dtype == drawn.after.dtype == storage and drawn.steps == tuple(window)
     for place in range(len(window)):
         again, step = replay(predict, drawn, place, SIGMAS, dynamics, 0.7)
@@ -126,16 +132,26 @@ def test_a_rollout_with_references_and_a_real_transformer(make_small_pipeline):
             ref_hidden_states=reference, return_dict=False,
         )[0]  # fmt: skip
 
-    drawn = rollout(model, randn(2, 16, 8, 8), SIGMAS, "cps", 0.8, range(1, 4), seeded(1), torch.bfloat16)
+    drawn = rollout(
+        model, randn(2, 16, 8, 8), SIGMAS, "cps", 0.8, range(1, 4), step_noise(range(3), 2, 16, 8, 8), torch.bfloat16
+    )
     for place in range(3):
         log_prob_again, _ = replay(model, drawn, place, SIGMAS, "cps", 0.8)
         assert torch.equal(log_prob_again.detach(), drawn.log_probs[place]) and log_prob_again.requires_grad
 
 
-def test_the_same_seed_gives_the_same_rollout():
-    noise = randn(2, 16, 8, 8)
-    one, two, other = (rollout(predict, noise, SIGMAS, "cps", 0.8, range(0, 2), seeded(s)) for s in (1, 1, 2))
-    assert torch.equal(one.latents, two.latents) and not torch.equal(one.latents, other.latents)
+def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time():
+    start, noise = randn(4, 16, 8, 8), step_noise(range(2), 4, 16, 8, 8)
+
+    def local(latents, sigmas):
+        return torch.tanh(latents) * (1 + sigmas.view(-1, 1, 1, 1))
+
+    whole = rollout(local, start, SIGMAS, "cps", 0.8, range(2), noise)
+    parts = [rollout(local, start[i : i + 2], SIGMAS, "cps", 0.8, range(2), noise[:, i : i + 2]) for i in (0, 2)]
+    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+    assert torch.equal(whole.log_probs, torch.cat([part.log_probs for part in parts], dim=1))
+    with pytest.raises(ValueError, match="noise: found shape"):
+        rollout(local, start, SIGMAS, "cps", 0.8, range(3), noise)
 
 
 @pytest.mark.parametrize("first", [0.9999999, 1.0000001])
@@ -143,17 +159,21 @@ def test_the_same_seed_gives_the_same_rollout():
 def test_a_schedule_that_starts_beside_one(dynamics, first):
     """As diffusers' scheduler does under some shifts."""
     noise, beside = randn(2, 16, 8, 8), torch.cat([torch.tensor([first]), SIGMAS[1:]])
-    exact, found = (rollout(predict, noise, s, dynamics, 0.7, range(2), seeded(1)) for s in (SIGMAS, beside))
+    exact, found = (
+        rollout(predict, noise, s, dynamics, 0.7, range(2), step_noise(range(2), 2, 16, 8, 8))
+        for s in (SIGMAS, beside)
+    )
     assert torch.equal(exact.latents, found.latents) and torch.equal(exact.log_probs, found.log_probs)
     assert torch.equal(replay(predict, found, 0, beside, dynamics, 0.7)[0], found.log_probs[0])
 
 
 def test_means_are_kept_on_demand():
-    drawn = rollout(predict, randn(2, 16, 8, 8), SIGMAS, "flow_sde", 0.7, range(3), seeded(1), keep_means=True)
+    options = randn(2, 16, 8, 8), SIGMAS, "flow_sde", 0.7, range(3), step_noise(range(3), 2, 16, 8, 8)
+    drawn = rollout(predict, *options, keep_means=True)
     assert drawn.means.shape == drawn.after.shape
     for place in range(3):
         assert torch.equal(replay(predict, drawn, place, SIGMAS, "flow_sde", 0.7)[1].mean, drawn.means[place])
-    assert rollout(predict, randn(2, 16, 8, 8), SIGMAS, "cps", 0.7, range(3), seeded(1)).means is None
+    assert rollout(predict, *options).means is None
 
 
 def test_windows():
@@ -184,4 +204,4 @@ def test_steps_that_cannot_be(arguments, found):
 
 def test_the_last_step_is_not_noisy():
     with pytest.raises(ValueError, match="expected steps 0 to 3"):
-        rollout(predict, randn(1, 16, 4, 4), SIGMAS, "cps", 0.8, range(3, 5))
+        rollout(predict, randn(1, 16, 4, 4), SIGMAS, "cps", 0.8, range(3, 5), step_noise(range(2), 1, 16, 4, 4))

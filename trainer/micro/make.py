@@ -15,8 +15,8 @@ from ...core.checkpoint import cast_file
 from ...core.errors import InputError
 from ...core.files import check_replaceable, write_file
 from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
-from ..flow_matching_trainer import last_checkpoint
 from ..kontext_pipeline import StableDiffusion3KontextPipeline, forget_paths
+from ..kontext_trainer import last_checkpoint
 from ..pretrain import parse, pretrain
 from ..sheets import save_sheet
 from . import CODEC_STEPS, DECODER_STEPS

@@ -1,0 +1,257 @@
+"""Online reinforcement learning on very small models: groups, ratios, rewards, KL, resumption."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unipic2.core.errors import InputError
+from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
+from unipic2.trainer.adapters import lora_config
+from unipic2.trainer.micro.rows import MicroTasks
+from unipic2.trainer.rewards.micro import micro_soft
+from unipic2.trainer.rollouts import log_prob
+
+
+def redness(prompts, images, **columns):
+    """Red minus green, of -1 to 1."""
+    pixels = [np.asarray(image, dtype=np.float64) / 255 for image in images]
+    return [float(p[..., 0].mean() - p[..., 1].mean()) for p in pixels]
+
+
+@pytest.fixture
+def make_trainer(make_small_pipeline, tmp_path):
+    def make(name="run", reward=redness, peft=False, dataset=None, **settings):
+        settings = {
+            "max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 3, "learning_rate": 1e-3,
+            "num_inference_steps": 4, "sde_window_size": 2, "lr_scheduler_type": "constant", "report_to": "none",
+            "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "seed": 5,
+            "preview_steps": 0, **settings,
+        }  # fmt: skip
+        args = FlowGRPOConfig(output_dir=str(tmp_path / name), **settings)
+        peft_config = lora_config(4, 8, 0.0, ["attention"]) if peft else None
+        pipeline, data = make_small_pipeline(), dataset or MicroTasks(12, 12)
+        return FlowGRPOTrainer(pipeline, reward, args, data, peft_config=peft_config)
+
+    return make
+
+
+def trained(trainer, **options):
+    trainer.train(**options)
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def differences(left, right):
+    assert left.keys() == right.keys() and left
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# Groups
+
+
+def test_groups_are_of_one_prompt_and_one_source(make_trainer):
+    seen = []
+
+    def watch(prompts, images, source_image, task, **columns):
+        seen.append((prompts, images, source_image, task))
+        return redness(prompts, images)
+
+    trained(make_trainer(reward=watch, max_steps=4))
+    kinds = set()
+    for prompts, images, sources, tasks in seen:
+        assert len(prompts) == 6 and len({id(task) for task in tasks}) == 2
+        for start in (0, 3):
+            group = slice(start, start + 3)
+            assert len(set(prompts[group])) == 1 and len({id(source) for source in sources[group]}) == 1
+            assert tasks[start].prompt == prompts[start]
+            assert len({image.tobytes() for image in images[group]}) == 3, "pictures of a group differ"
+        kinds.add(sources[0] is not None)
+        assert all((source is not None) == (sources[0] is not None) for source in sources)
+    assert kinds == {False, True}
+
+
+def test_no_two_groups_share_their_noise_or_prompt_draw(make_trainer):
+    prompts = []
+
+    def watch(texts, images, **columns):
+        prompts.extend(texts)
+        return redness(texts, images)
+
+    trained(make_trainer(reward=watch, max_steps=6, edit_ratio=0.0))
+    assert len(set(prompts)) > 4
+
+
+# Probabilities
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dynamics": "cps"},
+        {"dynamics": "flow_sde", "eta": 0.7},
+        {"dynamics": "flow_sde", "eta": 0.7, "estimator": "grpo_guard"},
+        {"guidance_scale": 2.0},
+        {"storage_dtype": "bfloat16"},
+        {"steps_per_generation": 2},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_first_ratio_is_one(make_trainer, settings):
+    """With references in the batch. Old probabilities are computed, as a generation is trained on twice."""
+    trainer = make_trainer(edit_ratio=1.0, max_steps=1, num_iterations=2, **settings)
+    assert not trainer._on_policy
+    trained(trainer)
+    assert logged(trainer, "ratio") == [1.0]
+    assert logged(trainer, "clip_ratio/high_mean") == [0.0]
+
+
+def test_ratios_leave_one_when_a_generation_is_trained_on_again(make_trainer):
+    trainer = trained(make_trainer(num_iterations=3, max_steps=3, learning_rate=1e-2, epsilon=1.0))
+    ratios = logged(trainer, "ratio")
+    assert ratios[0] == 1.0 and abs(ratios[2] - 1) > 1e-6
+
+
+def test_log_probs_in_training_are_those_of_the_rollout(make_trainer):
+    """Of rollouts in parts of a batch, and of all steps in one pass."""
+    trainer = make_trainer(max_steps=1, learning_rate=0.0)
+    trained(trainer)
+    part = trainer._generation["batches"][0]
+    batch = trainer._batch(part)
+    with torch.no_grad():
+        steps, _ = trainer._steps(trainer._trained_model().eval(), batch)
+    for step, after, before in zip(steps, batch["after"], batch["before"], strict=True):
+        spread = ((after - step.mean) / step.std).flatten(1)
+        assert 0.8 < spread.std().item() < 1.2 and spread.mean().abs() < 0.2, "what was drawn is what was meant"
+        assert torch.isfinite(log_prob(after, step)).all() and before.shape == after.shape
+
+
+def test_what_is_rewarded_becomes_likelier(make_trainer):
+    """One update on one generation: the drawn steps of better pictures gain probability on those of worse ones."""
+    trainer = make_trainer(max_steps=1, learning_rate=3e-4, use_ema=False, max_grad_norm=0.0)
+    trained(trainer)
+    generation = trainer._generation
+    everything = torch.arange(6)
+    batch = trainer._batch(everything)
+    fresh = make_trainer("fresh")._trained_model().eval()
+    with torch.no_grad():
+        new, _ = trainer._steps(trainer._trained_model().eval(), batch)
+        old, _ = trainer._steps(fresh, batch)
+    gain = sum(log_prob(a, n) - log_prob(a, o) for a, n, o in zip(batch["after"], new, old, strict=True))
+    assert (gain * generation["advantages"]).sum() > 0
+
+
+# Training
+
+
+@pytest.mark.parametrize(("dynamics", "eta"), [("cps", 0.8), ("flow_sde", 0.7)])
+def test_the_reward_rises(make_trainer, dynamics, eta):
+    trainer = make_trainer(
+        max_steps=24, per_device_train_batch_size=16, num_generations=8, learning_rate=3e-3, dynamics=dynamics,
+        eta=eta, use_ema=False,
+    )  # fmt: skip
+    trained(trainer)
+    rewards = logged(trainer, "reward")
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.02, rewards
+
+
+def test_a_lora_is_held_by_its_kl(make_trainer):
+    free = trained(make_trainer("free", peft=True, max_steps=6, learning_rate=1e-2))
+    held = trained(make_trainer("held", peft=True, max_steps=6, learning_rate=1e-2, beta=100.0, kl_scaling="exact"))
+    assert logged(held, "kl")[0] == 0 and logged(held, "kl")[-1] > 0
+    start = weights(make_trainer("start", peft=True))
+    distance = [sum((w[n] - start[n]).square().sum() for n in start) for w in (weights(free), weights(held))]
+    assert distance[1] < distance[0]
+
+
+def test_full_weights_have_a_frozen_reference(make_trainer):
+    trainer = trained(make_trainer(beta=0.1, max_steps=3, learning_rate=1e-2))
+    start = make_trainer("start").pipeline.transformer.state_dict()
+    kept = trainer.reference.state_dict()
+    assert all(torch.equal(kept[key], start[key]) for key in start)
+    assert differences(weights(trainer), weights(make_trainer("other")))
+    assert logged(trainer, "kl")[0] == 0 and logged(trainer, "kl")[-1] > 0
+
+
+def test_the_micro_verifier_as_reward_is_logged(make_trainer):
+    trainer = trained(make_trainer(reward=[micro_soft, redness], reward_weights=[1.0, 0.5]))
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/micro_soft/mean", "rewards/redness/mean"):
+        assert len(logged(trainer, name)) == 2, name
+
+
+def test_a_generation_without_differences_changes_nothing(make_trainer, capsys):
+    trainer = make_trainer(reward=lambda prompts, images, **columns: [1.0] * len(prompts), weight_decay=0.0)
+    before = weights(trainer)
+    trained(trainer)
+    assert not differences(before, weights(trainer))
+    assert logged(trainer, "frac_reward_zero_std") == [1.0, 1.0]
+    assert "is 1 for all of 6 samples" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_weights(make_trainer):
+    one, two = (trained(make_trainer(name)) for name in ("one", "two"))
+    assert not differences(weights(one), weights(two))
+
+
+def test_accumulation_equals_one_large_batch(make_trainer):
+    """One generation of 12 pictures, in one batch of 12 or in four of 3."""
+    settings = {"max_steps": 1, "edit_ratio": 1.0}
+    whole = make_trainer("whole", per_device_train_batch_size=12, **settings)
+    parts = make_trainer("parts", per_device_train_batch_size=3, gradient_accumulation_steps=4, **settings)
+    start = weights(whole)
+    trained(whole), trained(parts)
+    one, two = weights(whole), weights(parts)
+    assert max((one[n] - start[n]).abs().max() for n in one) > 5e-4
+    apart = sum((one[n] - two[n]).abs().sum() for n in one)
+    assert apart < 0.01 * sum((one[n] - start[n]).abs().sum() for n in one)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"peft": True, "beta": 0.1}], ids=str)
+def test_a_stopped_run_equals_one_that_was_not(make_trainer, settings):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **settings}
+    whole = trained(make_trainer("whole", **settings))
+    make_trainer("cut", **settings).train()
+    resumed = make_trainer("cut", **settings)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-4")
+    assert not differences(weights(whole), weights(resumed))
+    assert logged(whole, "reward")[-2:] == logged(resumed, "reward")[-2:]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"num_generations": 4}, "num_generations: found 4 for 6 pictures"),
+        ({"num_generations": 1}, "num_generations: found 1"),
+        ({"estimator": "grpo_guard"}, "found grpo_guard with dynamics cps"),
+        ({"estimator": "ppo"}, "estimator: found 'ppo'"),
+        ({"sde_window_range": [0, 4]}, "sde_window_range: found"),
+        ({"sde_window_range": [2, 3]}, "sde_window_range: found"),
+        ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "save_steps: found 3 steps"),
+        ({"guidance_scale": 0.5}, "guidance_scale: found 0.5"),
+        ({"beta": -1.0}, "beta: found -1"),
+    ],
+)
+def test_settings_that_cannot_be(make_trainer, settings, found):
+    with pytest.raises(InputError, match=found):
+        make_trainer(**settings)
+
+
+def test_rows_of_the_micro_world():
+    rows = MicroTasks(6, 6)
+    torch.manual_seed(0)
+    first, second = rows[0], rows[0]
+    assert first["prompt"] != second["prompt"] or first["task"] != second["task"]
+    torch.manual_seed(0)
+    assert rows[0]["prompt"] == first["prompt"] and "source_image" not in first
+    edit = rows[7]
+    assert isinstance(edit["source_image"], Image.Image) and edit["kind"] == edit["task"].kind

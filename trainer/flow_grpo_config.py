@@ -1,0 +1,106 @@
+"""Settings of `FlowGRPOTrainer`, under TRL's names where its GRPO trainer has the same."""
+
+from dataclasses import dataclass, field
+
+from ..core.errors import InputError, check_one_of, check_share
+from .advantages import AGGREGATIONS, SCALE_REWARDS
+from .kontext_config import EXPORT_DTYPES, KontextConfig
+from .rollouts import DYNAMICS, KL_SCALINGS, SDE_WINDOWS
+
+ESTIMATORS = ("flow_grpo", "grpo_guard")
+
+
+@dataclass
+class FlowGRPOConfig(KontextConfig):
+    """`KontextConfig` plus groups, sampling and the loss of online reinforcement learning.
+
+    A generation draws `per_device_train_batch_size * steps_per_generation` pictures in each process, whole groups of
+    `num_generations`, which are then trained on in `steps_per_generation` batches, `num_iterations` times.
+    """
+
+    estimator: str = field(default="flow_grpo", metadata={"help": "flow_grpo, or grpo_guard (for dynamics flow_sde)."})
+    num_generations: int = field(default=12, metadata={"help": "Pictures of a group: of one prompt and source."})
+    num_iterations: int = field(default=1, metadata={"help": "Times that a generation is trained on."})
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Batches of a generation; default gradient_accumulation_steps."}
+    )
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the model it began with; 0 is none."})
+    kl_scaling: str = field(
+        default="coded",
+        metadata={"help": "coded, for which published betas (0.04) are meant, or exact: that of the Gaussians."},
+    )
+    epsilon: float = field(default=1e-4, metadata={"help": "Ratios count from 1 - epsilon on."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "And up to 1 + this; default epsilon."})
+    scale_rewards: str = field(
+        default="group", metadata={"help": "Divide by the deviation of the group, of the batch, or none."}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize", metadata={"help": "sum_then_normalize, or normalize_then_sum (GDPO)."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each reward; default 1."})
+    advantage_clip: float | None = field(default=5.0, metadata={"help": "Advantages stay within plus and minus this."})
+    dynamics: str = field(default="cps", metadata={"help": "How noisy steps draw: cps or flow_sde."})
+    eta: float = field(default=0.8, metadata={"help": "How much noise; 0.8 for cps and 0.7 for flow_sde are usual."})
+    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps of a rollout."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance in rollouts and in training; 1 is none and halves the cost."}
+    )
+    sde_window: str = field(
+        default="random", metadata={"help": "Where the noisy steps are: fixed, random or progressive."}
+    )
+    sde_window_size: int = field(default=3, metadata={"help": "Noisy steps of a rollout; only they are trained."})
+    sde_window_range: list[int] | None = field(
+        default=None, metadata={"help": "Steps that the window lies in, first and after last; default the first half."}
+    )
+    noise_weighting: bool = field(
+        default=False, metadata={"help": "Weigh steps by their noise (TempFlow-GRPO) instead of alike."}
+    )
+    storage_dtype: str = field(
+        default="float32", metadata={"help": "Type of stored latents: float32, float16 or bfloat16."}
+    )
+    edit_ratio: float = field(default=0.5, metadata={"help": "Share of the generations that are edits, 0 to 1."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in (
+            ("estimator", ESTIMATORS), ("kl_scaling", KL_SCALINGS), ("scale_rewards", SCALE_REWARDS),
+            ("multi_objective_aggregation", AGGREGATIONS), ("dynamics", DYNAMICS), ("sde_window", SDE_WINDOWS),
+            ("storage_dtype", EXPORT_DTYPES),
+        ):  # fmt: skip
+            check_one_of(name, getattr(self, name), known)
+        check_share("edit_ratio", self.edit_ratio)
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.sde_window_range is None:
+            self.sde_window_range = [0, max(self.num_inference_steps // 2, self.sde_window_size)]
+        least = {"num_generations": 2, "num_iterations": 1, "steps_per_generation": 1, "num_inference_steps": 2,
+                 "sde_window_size": 1, "beta": 0, "epsilon": 0, "eta": 0, "guidance_scale": 1}  # fmt: skip
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise InputError(name, found=getattr(self, name), expected=f"at least {value}")
+        if self.estimator == "grpo_guard" and self.dynamics != "flow_sde":
+            raise InputError(
+                "estimator", found=f"grpo_guard with dynamics {self.dynamics}", expected="flow_sde for it"
+            )
+        pictures = self.per_device_train_batch_size * self.steps_per_generation
+        if pictures % self.num_generations:
+            raise InputError(
+                "num_generations",
+                found=f"{self.num_generations} for {pictures} pictures of a process's generation",
+                expected="whole groups: per_device_train_batch_size * steps_per_generation a multiple of it",
+            )
+        first, last = self.sde_window_range[0], self.sde_window_range[-1]
+        fits = len(self.sde_window_range) == 2 and 0 <= first and first + self.sde_window_size <= last
+        if not fits or last >= self.num_inference_steps:
+            raise InputError(
+                "sde_window_range",
+                found=f"{self.sde_window_range} for a window of {self.sde_window_size}",
+                expected=f"two numbers from 0 to {self.num_inference_steps - 1} with room for it",
+            )
+        whole = self.steps_per_generation * self.num_iterations
+        if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % whole:
+            raise InputError(
+                "save_steps",
+                found=f"{self.save_steps} steps of {self.gradient_accumulation_steps} batches",
+                expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
+            )
