@@ -187,6 +187,13 @@ class FlowMatchingTrainer(KontextTrainer):
             data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size
         )
 
+    def train(self, *args, **kwargs):
+        """Train as `KontextTrainer` does, and close the stream, if there is one."""
+        result = super().train(*args, **kwargs)
+        if self._stream is not None:
+            self._stream.close()
+        return result
+
     def save_position(self, folder: Path) -> None:
         """Write where a stream is, and what it holds."""
         if self._stream is not None:

@@ -340,4 +340,5 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"{folder}\n")
         if args.push_to_hub:
             sys.stdout.write(f"{push(folder, repository_name(args, folder.parent), args)}\n")
+    PartialState().destroy_process_group()  # else a process may abort when it ends, with its group's threads at work
     return 0

@@ -135,6 +135,16 @@ def test_a_stream_goes_on_twice_and_on_another_number_of_processes(tmp_path):
     assert sorted(map(told, blocks(alone, 8))) == sorted(map(told, whole[16:]))
 
 
+def test_a_closed_stream_can_go_on(tmp_path):
+    data = write(tmp_path / "data", "parquet", 20)
+    whole = blocks(sampler_of(pairs_of(data)), 8)
+    sampler = sampler_of(pairs_of(data))
+    first = blocks(sampler, 3)
+    sampler.close()
+    assert all(reader.iterator is None for reader in sampler.readers)
+    assert first + blocks(sampler, 5) == whole
+
+
 def test_a_stream_that_changed_is_refused(tmp_path):
     data = write(tmp_path / "data", "jsonl")
     first = sampler_of(pairs_of(data))

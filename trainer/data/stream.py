@@ -175,6 +175,10 @@ class _Reader:
             self._start(self.number + 1)
         raise InputError(f"dataset {self.stream.name}", found="no rows", expected="at least one")
 
+    def close(self) -> None:
+        """Let go of open files; reading can go on where it was."""
+        self.load(self.state())
+
     def share(self, task: bool) -> float:
         """Return what part of the rows is of a task, as far as that can be told yet."""
         return (self.seen[task] + 1) / (self.seen[False] + self.seen[True] + 2)
@@ -442,6 +446,11 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             # An emptied bucket keeps its place, on which draws depend.
             "buckets": [(task, bucket) for task, pool in self.pools.items() for bucket in pool],
         }
+
+    def close(self) -> None:
+        """Let go of open files, when a run ends."""
+        for reader in self.readers:
+            reader.close()
 
     def save(self, folder: Path, blocks: int) -> None:
         """Write what is needed to go on after so many blocks: `stream.json`, and bytes of the pool's pictures.
