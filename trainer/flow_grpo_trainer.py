@@ -23,7 +23,7 @@ from .flow_grpo_config import FlowGRPOConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer
 from .rewards import RewardFunction, name_of, score
-from .rollouts import Transition, kl, log_prob, rollout, transition, window_start
+from .rollouts import Transition, kl, log_prob, rollout, snapped, transition, window_start
 
 _GENERATION, _WINDOW = 3, 4  # purposes of seeds
 _ROW = ("prompt", "size", "source_image", DRAW_SEED)
@@ -136,7 +136,7 @@ class FlowGRPOTrainer(KontextTrainer):
             reference = self.pipeline.encode_reference([row["source_image"] for row in rows], height, width)
             generation["reference"] = reference.float()[groups.to(device)]
         self.pipeline.scheduler.set_timesteps(args.num_inference_steps)
-        generation["sigmas"] = self.pipeline.scheduler.sigmas.cpu()
+        generation["sigmas"] = snapped(self.pipeline.scheduler.sigmas.cpu())
         number = self._batches_done // self._repeats
         rng = np.random.default_rng(derived_seed(args.seed + number, _WINDOW))
         start = window_start(args.sde_window, number, args.sde_window_size, *args.sde_window_range, rng)
@@ -251,7 +251,7 @@ class FlowGRPOTrainer(KontextTrainer):
         """Policy-gradient loss of a batch's noisy steps, all of them alike or by their noise, plus the weighted KL."""
         args = self.args
         steps, passed = self._steps(model, inputs)
-        reference = self._reference_steps(model, inputs, passed) if args.beta else [None] * len(steps)
+        reference = self._reference_steps(inputs, passed) if args.beta else [None] * len(steps)
         weights = step_weights(inputs["sigmas"], inputs["steps"]) if args.noise_weighting else [1.0] * len(steps)
         total = 0.0
         for place, (step, weight) in enumerate(zip(steps, weights, strict=True)):
@@ -278,7 +278,7 @@ class FlowGRPOTrainer(KontextTrainer):
         return (total, None) if return_outputs else total
 
     @torch.no_grad()
-    def _reference_steps(self, model, batch: dict, passed: dict) -> list[Transition]:
+    def _reference_steps(self, batch: dict, passed: dict) -> list[Transition]:
         """Return the steps' Gaussians under the model that training began with."""
         own = self._trained_model()
         if self.reference is None:

@@ -29,7 +29,7 @@ from ..core.files import cannot_write, check_replaceable, write_file
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, resolution_shift
 from .adapters import prepare, save_lora
 from .ema import EMA_FILE, EMACallback
-from .hub import hub_error
+from .hub import hub_error, repository_name
 from .kontext_config import ATTENTION_BACKENDS, KontextConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_transformer import SD3Transformer2DKontextModel
@@ -399,7 +399,7 @@ class KontextTrainer(Trainer):
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # whatever the hub's client and its own libraries raise
-            name = self.args.hub_model_id or Path(self.args.output_dir).name
+            name = repository_name(self.args, Path(self.args.output_dir))
             remedy = "`hf auth login`, or take push_to_hub out and upload the export yourself."
             raise hub_error(name, error, remedy) from error
 

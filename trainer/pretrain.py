@@ -262,10 +262,9 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     dataset = load_dataset(script_args, args, pipeline)
     rows = None if script_args.streaming else len(dataset)
     _check_identity(script_args, args, rows, resumed=checkpoint is not None)
-    if isinstance(dataset, MicroDataset):
-        previews = micro_previews(args)
-    else:
-        previews = pair_previews(dataset, args)
+    previews = None
+    if args.preview_steps:
+        previews = micro_previews(args) if isinstance(dataset, MicroDataset) else pair_previews(dataset, args)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name

@@ -183,7 +183,7 @@ def rollout(
     if noise.shape != (len(window), *latents.shape):
         expected = (len(window), *latents.shape)
         raise ValueError(f"noise: found shape {tuple(noise.shape)}, expected {expected}")
-    schedule = _numbers(sigmas)
+    schedule = snapped(sigmas).tolist()
     if window and not 0 <= window[0] <= window[-1] < len(schedule) - 2:
         raise ValueError(f"window: found {window}, expected steps 0 to {len(schedule) - 3}")
     latents = latents.float()
@@ -225,7 +225,7 @@ def replay(
         place: which of the S noisy steps, from 0.
         sigmas, dynamics, eta: as they were for `rollout`.
     """
-    number, schedule = drawn.steps[place], _numbers(sigmas)
+    number, schedule = drawn.steps[place], snapped(sigmas).tolist()
     sigma, next_sigma = schedule[number], schedule[number + 1]
     latents = drawn.before[place].float()
     velocity = predict(latents, latents.new_full((len(latents),), sigma))
@@ -233,6 +233,6 @@ def replay(
     return log_prob(drawn.after[place], step), step
 
 
-def _numbers(sigmas: torch.Tensor) -> list[float]:
+def snapped(sigmas: torch.Tensor) -> torch.Tensor:
     """Return a schedule's sigmas; a shift may leave the first an ulp beside 1, and formulae divide by 1 - sigma."""
-    return [1.0 if abs(float(sigma) - 1) < 1e-5 else float(sigma) for sigma in sigmas]
+    return sigmas.where((sigmas - 1).abs() >= 1e-5, 1.0)

@@ -7,7 +7,8 @@ in the pool a checkpoint keeps a copy, so a run goes on exactly where it was, wi
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -78,19 +79,29 @@ class Stream:
         files = [[Path(file).name, Path(file).stat().st_size] for file in self.files]
         return [self.loader, self.split, files, [getattr(self.columns, role) for role in ROLES]]
 
+    def decoded(self, raw: dict) -> dict:
+        """Return a row's columns: jsonl comes as lines of text.
+
+        Raises:
+            BrokenRow: a line that is no JSON object.
+        """
+        if self.loader != _LINE:
+            return raw
+        try:
+            row = json.loads(raw[_LINE])
+        except ValueError as error:
+            raise BrokenRow(f"broken JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise BrokenRow(f"{type(row).__name__} instead of a JSON object")
+        return row
+
     def row(self, raw: dict) -> dict:
         """Return the columns of a row that mean something; pictures in archives or on a hub are read.
 
         Raises:
             BrokenRow: a line that is no JSON object, or a picture that cannot be fetched.
         """
-        if self.loader == _LINE:
-            try:
-                raw = json.loads(raw[_LINE])
-            except ValueError as error:
-                raise BrokenRow(f"broken JSON ({error})") from None
-            if not isinstance(raw, dict):
-                raise BrokenRow(f"{type(raw).__name__} instead of a JSON object")
+        raw = self.decoded(raw)
         names = (getattr(self.columns, role) for role in ROLES)
         return {name: _fetched(raw.get(name)) for name in names if name is not None}
 
@@ -127,20 +138,17 @@ def open_stream(name: str, image_root: str | None = None, split: str = "train", 
         if rows.features is not None and loader != _LINE:
             names = list(rows.features)
         else:
-            names = _names(list(islice(rows, _PEEKED)))
+            names = _names(stream, islice(rows, _PEEKED))
     if not names:
         raise InputError(f"dataset {name}", found="no rows", expected="at least one")
     return Stream(name, loader, files, split, find_columns(names, name, **columns), stream.root)
 
 
-def _names(rows: list[dict]) -> list[str]:
+def _names(stream: Stream, rows: Iterable[dict]) -> list[str]:
     names: dict[str, None] = {}
-    for row in rows:
-        try:
-            row = json.loads(row[_LINE]) if _LINE in row and len(row) == 1 else row
-        except ValueError:
-            continue
-        names |= dict.fromkeys(row if isinstance(row, dict) else ())
+    for raw in rows:
+        with suppress(BrokenRow):
+            names |= dict.fromkeys(stream.decoded(raw))
     return list(names)
 
 
@@ -150,7 +158,6 @@ class _Reader:
     def __init__(self, stream: Stream, seed: int):
         self.stream, self.seed = stream, seed
         self.seen = {False: 0, True: 0}
-        self.read = 0
         self._start(0)
 
     def _start(self, number: int) -> None:
@@ -170,7 +177,6 @@ class _Reader:
                 raw = next(self.iterator, None)
             if raw is not None:
                 self.row += 1
-                self.read += 1
                 return raw
             self._start(self.number + 1)
         raise InputError(f"dataset {self.stream.name}", found="no rows", expected="at least one")
@@ -187,11 +193,11 @@ class _Reader:
         seen = [self.seen[False], self.seen[True]]
         # After loading, the library tells its place only once a row was read.
         rows = self.loaded if self.iterator is None else json.loads(json.dumps(self.rows.state_dict()))
-        return {"pass": self.number, "row": self.row, "read": self.read, "seen": seen, "rows": rows}
+        return {"pass": self.number, "row": self.row, "seen": seen, "rows": rows}
 
     def load(self, state: dict) -> None:
         self._start(state["pass"])
-        self.row, self.read = state["row"], state["read"]
+        self.row = state["row"]
         self.seen = dict(zip((False, True), state["seen"], strict=True))
         self.loaded = state["rows"]
         if self.loaded is not None:
@@ -427,9 +433,8 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         entry = StreamedRow(number, row, task, bucket, found["source_id"], where)
         pool.setdefault(bucket, []).append(entry)
         if sum(map(len, pool.values())) > _SURPLUS * max(self.pairs.pool_size, self.block_size * (len(pool) + 1)):
-            pool[max(pool, key=lambda size: len(pool[size]))].pop(
-                0
-            )  # the oldest, so that all streams have their share
+            largest = max(pool.values(), key=len)
+            largest.pop(0)  # the oldest, so that all streams have their share
             counts.surplus += 1
             kind = "edits" if task else "text-to-image rows"
             message = f"{stream.name}: more {kind} than edit_ratio {self.edit_ratio} takes, some are passed over"
@@ -479,11 +484,10 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
         if not path.is_file():
             raise InputError(f"checkpoint {folder}", found=f"no {STATE_FILE}", expected="one of a run with streaming")
         state = json.loads(path.read_text(encoding="utf-8"))
-        for what, now in (
-            ("datasets, files or columns", self._identity),
-            ("resolution, bucket_mode or max_aspect", self.pairs.buckets),
+        for kept, now, what in (
+            (state["streams"], self._identity, "datasets, files or columns"),
+            (state["sizes"], self.pairs.buckets, "resolution, bucket_mode or max_aspect"),
         ):
-            kept = state["sizes" if now is self.pairs.buckets else "streams"]
             if kept != json.loads(json.dumps(now)):
                 remedy = "Name another output_dir, or take this run's own settings."
                 raise InputError(f"checkpoint {folder}", found=f"other {what} than when it was written", remedy=remedy)
