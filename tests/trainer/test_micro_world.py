@@ -20,10 +20,13 @@ from unipic2.trainer.micro.tasks import (
     T2ITask,
     describe,
     is_held_out,
+    phrasings,
     relation_holds,
     relation_of,
+    reworded,
     sample_edit,
     sample_t2i,
+    undone,
 )
 from unipic2.trainer.micro.verifier import read_scene, verify_edit, verify_t2i
 from unipic2.trainer.micro.world import (
@@ -409,15 +412,43 @@ def test_every_training_picture_has_a_prompt(dataset):
 def test_samples_of_the_training_pool(dataset, vae):
     assert len(dataset) == len(dataset.is_edit) == len(dataset.items) + 60
     assert dataset.is_edit == [False] * len(dataset.items) + [True] * 60
-    sample, edit = dataset[0], dataset[len(dataset) - 1]
+    torch.manual_seed(0)
+    task = dataset.edits[-1]
+    drawn = [dataset[len(dataset) - 1] for _ in range(24)]
+    sample, edit = dataset[0], next(s for s in drawn if s["prompt"] in phrasings(task))
     assert set(sample) == {"prompt", "latents"} and set(edit) == {"prompt", "latents", "ref_latents"}
     assert sample["latents"].shape == (16, 8, 8) and sample["latents"].dtype == torch.float32
-    task = dataset.edits[-1]
     expected = encode(vae, [render(task.target), render(task.source), render(dataset.items[0].scene)])
     got = torch.stack([edit["latents"], edit["ref_latents"], sample["latents"]])
-    assert edit["prompt"] == task.prompt
     assert (got - expected).abs().max() < 0.15, "bfloat16 encoding"
     assert (got[0] - got[1]).abs().max() > 0.5
+    assert task.kind == "background"
+    for other in drawn:
+        back = other["prompt"] not in phrasings(task)
+        assert back == (task.source.ground in other["prompt"])
+        assert torch.equal(other["ref_latents"], edit["latents" if back else "ref_latents"])
+        assert torch.equal(other["latents"], edit["ref_latents" if back else "latents"])
+    assert len({other["prompt"] for other in drawn}) == 4, "both directions in both wordings"
+
+
+@pytest.mark.parametrize("kind", EDIT_KINDS)
+def test_edits_in_other_words_and_backwards_are_right(kind):
+    """What the pool says an edit's result is, the verifier finds in it; words stay on their side of the split."""
+    rng = np.random.default_rng(3)
+    said, directions = set(), set()
+    for task in edit_samples(kind, 40):
+        again, back = reworded(rng, task), undone(rng, task)
+        assert (again.source, again.target, again.kind) == (task.source, task.target, kind)
+        directions.add(None if back is None else back.kind)
+        for edit in (again, back) if back is not None else (again,):
+            said.add(edit.prompt.split(" ")[0])
+            assert verify_edit(render(edit.target), edit).strict, edit.prompt
+            assert not verify_edit(render(edit.source), edit).strict, edit.prompt
+            if edit.kind in ("recolor", "reshape", "add"):
+                assert not is_held_out(edit.prompt)
+    backwards = {"remove": {"add", None}, "add": {"remove"}, "move": {None}}.get(kind, {kind})
+    assert directions - {None} == backwards - {None}
+    assert len(said) >= (1 if kind == "move" else 2)
 
 
 def test_prompts_follow_torchs_generator(dataset):

@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 from .codec import encode
-from .tasks import EDIT_KINDS, T2I_KINDS, EditTask, describe, is_held_out, sample_edit, sample_t2i
+from .tasks import EDIT_KINDS, T2I_KINDS, describe, is_held_out, reworded, sample_edit, sample_t2i, undone
 from .world import Scene, render
 
 _CHUNK = 512  # pictures rendered at a time
@@ -26,8 +26,9 @@ class _T2IItem:
 class MicroDataset(torch.utils.data.Dataset):
     """Samples for `FlowMatchingTrainer`: text-to-image first, then edits.
 
-    A scene keeps its picture but gets a new prompt each time it is drawn. Every edit's target is also a
-    text-to-image sample when it answers a prompt. Held-out words (see `tasks`) never occur.
+    A scene keeps its picture but gets a new prompt each time it is drawn. Every edit's source and target is also a
+    text-to-image sample when it answers a prompt. An edit is drawn in any of its words, half of the time backwards
+    where an instruction says that. Held-out words (see `tasks`) never occur.
 
     Args:
         vae: the trained codec; it encodes in bfloat16.
@@ -41,10 +42,10 @@ class MicroDataset(torch.utils.data.Dataset):
         scenes = [sample_t2i(self.rng, T2I_KINDS[i % len(T2I_KINDS)])[1] for i in range(num_scenes)]
         self.edits = [sample_edit(self.rng, EDIT_KINDS[i % len(EDIT_KINDS)]) for i in range(num_edits)]
         self.num_scenes = num_scenes
-        scenes += [task.target for task in self.edits]
+        scenes += [task.target for task in self.edits] + [task.source for task in self.edits]
         items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in enumerate(scenes))
         self.items = [item for item in items if item.kinds]
-        self.latents = self._encode(vae, scenes + [task.source for task in self.edits])
+        self.latents = self._encode(vae, scenes)
         self.is_edit = [False] * len(self.items) + [True] * num_edits
 
     def _kinds(self, scene: Scene) -> tuple[str, ...]:
@@ -68,12 +69,13 @@ class MicroDataset(torch.utils.data.Dataset):
             item = self.items[index]
             return {"prompt": self._prompt(rng, item), "latents": self.latents[item.latents].float()}
         number = index - len(self.items)
-        task: EditTask = self.edits[number]
-        return {
-            "prompt": task.prompt,
-            "latents": self.latents[self.num_scenes + number].float(),
-            "ref_latents": self.latents[self.num_scenes + len(self.edits) + number].float(),
-        }
+        target = self.latents[self.num_scenes + number].float()
+        source = self.latents[self.num_scenes + len(self.edits) + number].float()
+        task = self.edits[number]
+        back = undone(rng, task) if rng.random() < 0.5 else None
+        if back is not None:
+            return {"prompt": back.prompt, "latents": source, "ref_latents": target}
+        return {"prompt": reworded(rng, task).prompt, "latents": target, "ref_latents": source}
 
     @staticmethod
     def _prompt(rng: np.random.Generator, item: _T2IItem) -> str:

@@ -5,7 +5,7 @@ several prompts, so prompts are drawn for a scene (`describe`) as well as from s
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,8 +19,15 @@ SIDES = ("left", "right", "top", "bottom")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SIDE_MARGIN = 14  # pixels from the picture's edge to the centre of a thing moved to that side
 _LEAST_OFFSET = 8  # pixels between centres before a relation is said
-
-
+_PHRASINGS = {
+    "recolor": ("make the {name} {new}", "change the color of the {name} to {new}"),
+    "reshape": ("turn the {name} into a {new}", "replace the {name} with a {new}"),
+    "remove": ("remove the {name}", "take away the {name}"),
+    "add": ("add a {name}", "draw a {name}"),
+    "move": ("move the {name} to the {new}",),
+    "background": ("make the background {new}", "change the background to {new}"),
+}
+_SPLIT_BY_WORDS = ("recolor", "reshape", "add")
 _OFFSET_SLACK = 3  # pixels by which a drawn relation may fall short of what a prompt needs to be said
 
 
@@ -55,7 +62,7 @@ class EditTask:
     source: Scene
     """The picture given to the model."""
     target: Scene
-    """A right answer; for `add` any free place is right."""
+    """A right answer; for `add` any free place is right, here what is added is the last thing."""
     index: int | None = None
     """Which thing of the source is edited; None for `add` and `background`."""
     side: str | None = None
@@ -156,22 +163,30 @@ def _is_valid(scene: Scene) -> bool:
     return inside and apart and len({t.name for t in things}) == len(things)
 
 
+def phrasings(task: EditTask) -> tuple[str, ...]:
+    """Return the instructions that mean this edit."""
+    if task.kind == "add":
+        values = {"name": task.target.things[-1].name}
+    elif task.kind == "background":
+        values = {"new": task.target.ground}
+    else:
+        values = {"name": task.source.things[task.index].name, "new": task.side}
+        if task.kind in ("recolor", "reshape"):
+            values["new"] = getattr(task.target.things[task.index], "color" if task.kind == "recolor" else "shape")
+    return tuple(words.format(**values) for words in _PHRASINGS[task.kind])
+
+
 def _try_edit(rng: np.random.Generator, kind: str, source: Scene) -> EditTask | None:
-    index = int(rng.integers(len(source.things)))
+    index: int | None = int(rng.integers(len(source.things)))
     thing = source.things[index]
     say = rng.random() < 0.5
     side = None
     if kind == "recolor":
-        color = _pick(rng, COLORS, thing.color)
-        target = source.replace_thing(index, color=color)
-        words = f"make the {thing.name} {color}" if say else f"change the color of the {thing.name} to {color}"
+        target = source.replace_thing(index, color=_pick(rng, COLORS, thing.color))
     elif kind == "reshape":
-        shape = _pick(rng, SHAPES, thing.shape)
-        target = source.replace_thing(index, shape=shape)
-        words = f"turn the {thing.name} into a {shape}" if say else f"replace the {thing.name} with a {shape}"
+        target = source.replace_thing(index, shape=_pick(rng, SHAPES, thing.shape))
     elif kind == "remove":
         target = Scene(source.ground, source.things[:index] + source.things[index + 1 :])
-        words = f"remove the {thing.name}" if say else f"take away the {thing.name}"
     elif kind == "add":
         index = None
         shape, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
@@ -179,7 +194,6 @@ def _try_edit(rng: np.random.Generator, kind: str, source: Scene) -> EditTask | 
         if new is None:
             return None
         target = Scene(source.ground, (*source.things, new))
-        words = f"add a {new.name}" if say else f"draw a {new.name}"
     elif kind == "move":
         side = str(rng.choice(SIDES))
         axis, at = ("x" if side in ("left", "right") else "y"), SIDE_MARGIN
@@ -187,13 +201,39 @@ def _try_edit(rng: np.random.Generator, kind: str, source: Scene) -> EditTask | 
         if abs(getattr(thing, axis) - at) < 2 * _LEAST_OFFSET:
             return None
         target = source.replace_thing(index, **{axis: at})
-        words = f"move the {thing.name} to the {side}"
     else:
         index = None
-        ground = _pick(rng, GROUNDS, source.ground)
-        target = Scene(ground, source.things)
-        words = f"make the background {ground}" if say else f"change the background to {ground}"
-    return EditTask(kind, words, source, target, index, side) if _is_valid(target) else None
+        target = Scene(_pick(rng, GROUNDS, source.ground), source.things)
+    task = EditTask(kind, "", source, target, index, side)
+    words = phrasings(task)
+    return replace(task, prompt=words[0 if say else -1]) if _is_valid(target) else None
+
+
+def reworded(rng: np.random.Generator, task: EditTask) -> EditTask:
+    """Return the same edit in any of its words that are on the same side of the held-out split."""
+    side = is_held_out(task.prompt)
+    words = [w for w in phrasings(task) if task.kind not in _SPLIT_BY_WORDS or is_held_out(w) == side]
+    return replace(task, prompt=words[int(rng.integers(len(words)))])
+
+
+def undone(rng: np.random.Generator, task: EditTask) -> EditTask | None:
+    """Return the edit that leads back, in words that are not held out; None where no instruction says it.
+
+    Moves have none, as things do not come from a side, nor has what would add to an empty ground.
+    """
+    kind = {"remove": "add", "add": "remove", "move": None}.get(task.kind, task.kind)
+    source, target = task.target, task.source
+    if kind is None or not source.things:
+        return None
+    index = task.index
+    if kind == "add":  # what is added comes last
+        target = Scene(target.ground, (*source.things, target.things[index]))
+        index = None
+    elif kind == "remove":
+        index = len(source.things) - 1
+    back = EditTask(kind, "", source, target, index)
+    words = [w for w in phrasings(back) if kind not in _SPLIT_BY_WORDS or not is_held_out(w)]
+    return replace(back, prompt=words[int(rng.integers(len(words)))]) if words else None
 
 
 def sample_edit(rng: np.random.Generator, kind: str, held_out: bool = False) -> EditTask:
@@ -206,5 +246,5 @@ def sample_edit(rng: np.random.Generator, kind: str, held_out: bool = False) -> 
         task = _try_edit(rng, kind, sample_scene(rng, sample_looks(rng, count)))
         if task is None:
             continue
-        if kind not in ("recolor", "reshape", "add") or is_held_out(task.prompt) == held_out:
+        if kind not in _SPLIT_BY_WORDS or is_held_out(task.prompt) == held_out:
             return task
