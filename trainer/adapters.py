@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS_FILE
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
-from ..core.checkpoint import save_tensors
+from ..core.checkpoint import read_header, save_tensors
 from ..core.errors import InputError
 from ..core.files import COMFYUI_LORA
 
@@ -60,6 +62,27 @@ def prepare(transformer: torch.nn.Module, trainable: str, peft_config: LoraConfi
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(trainable == "full" or ".attn." in name or ".attn2." in name)
     cast_training_params(transformer, dtype=torch.float32)
+
+
+def load_lora(transformer: torch.nn.Module, folder: str | Path) -> None:
+    """Put the weights of a LoRA, as `save_lora` wrote it, into the adapter that the transformer has.
+
+    Raises:
+        InputError: no such file, or another rank, scale or other targets than the adapter's.
+    """
+    path = Path(folder) / LORA_WEIGHTS_FILE
+    if not path.is_file():
+        raise InputError(f"LoRA {folder}", found=f"no {LORA_WEIGHTS_FILE}", expected="a folder that training exported")
+    layers = {key.removeprefix("transformer."): tensor for key, tensor in load_file(path).items()}
+    own = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(transformer).items()}
+    scale = read_header(Path(folder) / COMFYUI_LORA).metadata.get("unipic2.lora_alpha")
+    same_scale = scale is None or float(scale) == transformer.peft_config["default"].lora_alpha
+    if not same_scale or own != {key: tuple(tensor.shape) for key, tensor in layers.items()}:
+        remedy = "Take the lora_r, lora_alpha and lora_target_modules that it was trained with."
+        raise InputError(
+            f"LoRA {path}", found="another rank, scale or other targets", expected="these settings'", remedy=remedy
+        )
+    set_peft_model_state_dict(transformer, layers)
 
 
 def save_lora(pipeline, folder: Path, metadata: dict[str, str] | None = None) -> None:

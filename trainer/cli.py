@@ -1,6 +1,7 @@
 """The trainer's part of the `unipic2` command: `train`, `data`, `export`, `eval` and `micro`."""
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from ..core.errors import InputError, check_one_of, check_share
 from .micro import CODEC_STEPS, DECODER_STEPS
 
-TRAIN_METHODS = ("pretrain",)
+TRAIN_METHODS = ("pretrain", "grpo", "pdtr")
 ACCELERATE_CONFIGS = ("ddp", "fsdp2", "zero2")
 _LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1}
 """Smallest values of whole numbers on the command line."""
@@ -17,6 +18,8 @@ _LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "
 _TRAIN_HELP = """\
 Methods:
   pretrain   flow matching on text-to-image and edits
+  grpo       online reinforcement learning: groups of pictures, rewards, Flow-GRPO and its kin
+  pdtr       the same in stages, with both tasks measured around each (Progressive Dual-Task Reinforcement)
 
 Settings come from a YAML file and from flags; flags win, unknown names are errors:
   unipic2 train pretrain --config my.yaml --learning_rate 5e-4 --output_dir runs/a
@@ -24,7 +27,7 @@ Settings come from a YAML file and from flags; flags win, unknown names are erro
 Several processes on one machine, by accelerate (a profile's name, or a file of your own):
   unipic2 train pretrain --config my.yaml --accelerate_config ddp --num_processes 8
 
-`unipic2 train pretrain --help` lists every setting with its unit.
+`unipic2 train METHOD --help` lists every setting with its unit.
 """
 
 
@@ -136,9 +139,7 @@ def _train(argv: list[str]) -> int:
     config, num_processes, argv = _launch_options(argv)
     if config is not None:
         return _launch(config, num_processes, argv)
-    from .pretrain import main as pretrain_main
-
-    return pretrain_main(argv[1:])
+    return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
 
 
 def _launch_options(argv: list[str]) -> tuple[str | None, int | None, list[str]]:

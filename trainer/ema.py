@@ -37,6 +37,11 @@ class EMACallback(TrainerCallback):
             parameters = self._parameters(model)
             self.ema = EMAModel(parameters, decay=self.decay, use_ema_warmup=True, power=0.75, foreach=True)
 
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Make the average equal to the model's weights."""
+        torch._foreach_copy_(list(self.ema.shadow_params), self._parameters(model))
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.attach(model)
         self.ema.to("cpu" if self.on_cpu else args.device)  # built before the Trainer moved the model

@@ -7,7 +7,10 @@ from .advantages import AGGREGATIONS, SCALE_REWARDS
 from .kontext_config import EXPORT_DTYPES, KontextConfig
 from .rollouts import DYNAMICS, KL_SCALINGS, SDE_WINDOWS
 
-ESTIMATORS = ("flow_grpo", "grpo_guard")
+POLICY_GRADIENTS = ("flow_grpo", "grpo_guard")
+ESTIMATORS = (*POLICY_GRADIENTS, "diffusion_nft", "awm")
+EPSILONS = {"flow_grpo": 1e-4, "grpo_guard": 2e-6, "diffusion_nft": 0.0, "awm": 1.0}
+"""Clip ranges as published, by estimator; diffusion_nft has none."""
 
 
 @dataclass
@@ -18,19 +21,35 @@ class FlowGRPOConfig(KontextConfig):
     `num_generations`, which are then trained on in `steps_per_generation` batches, `num_iterations` times.
     """
 
-    estimator: str = field(default="flow_grpo", metadata={"help": "flow_grpo, or grpo_guard (for dynamics flow_sde)."})
+    estimator: str = field(
+        default="flow_grpo",
+        metadata={
+            "help": "flow_grpo, grpo_guard (for dynamics flow_sde), diffusion_nft or awm; the last two learn from "
+            "finished pictures, without noisy steps."
+        },
+    )
     num_generations: int = field(default=12, metadata={"help": "Pictures of a group: of one prompt and source."})
     num_iterations: int = field(default=1, metadata={"help": "Times that a generation is trained on."})
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Batches of a generation; default gradient_accumulation_steps."}
     )
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the model it began with; 0 is none."})
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the KL to the starting model, with LoRA to the model without any; 0 is none."},
+    )
     kl_scaling: str = field(
         default="coded",
-        metadata={"help": "coded, for which published betas (0.04) are meant, or exact: that of the Gaussians."},
+        metadata={
+            "help": "coded, for which published betas (0.04) are meant, or exact; they differ for flow_sde only."
+        },
     )
-    epsilon: float = field(default=1e-4, metadata={"help": "Ratios count from 1 - epsilon on."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "And up to 1 + this; default epsilon."})
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lower clip limit of the ratio: 1 - epsilon. Default 1e-4 (grpo_guard 2e-6, awm 1; nft has none)."
+        },
+    )
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip limit: 1 + this; default epsilon."})
     scale_rewards: str = field(
         default="group", metadata={"help": "Divide by the deviation of the group, of the batch, or none."}
     )
@@ -52,11 +71,23 @@ class FlowGRPOConfig(KontextConfig):
     sde_window_range: list[int] | None = field(
         default=None, metadata={"help": "Steps that the window lies in, first and after last; default the first half."}
     )
+    train_timesteps: int = field(
+        default=3,
+        metadata={"help": "diffusion_nft, awm: noise levels of the schedule that each picture is learned at."},
+    )
+    nft_beta: float = field(default=1.0, metadata={"help": "diffusion_nft: how far good and bad lie from the model."})
+    awm_power: float = field(default=0.25, metadata={"help": "awm: power of its generalised Huber function."})
     noise_weighting: bool = field(
         default=False, metadata={"help": "Weigh steps by their noise (TempFlow-GRPO) instead of alike."}
     )
     storage_dtype: str = field(
         default="float32", metadata={"help": "Type of stored latents: float32, float16 or bfloat16."}
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Every preview_steps keep a sheet of the best and worst pictures in output_dir/completions."
+        },
     )
     edit_ratio: float = field(default=0.5, metadata={"help": "Share of the generations that are edits, 0 to 1."})
 
@@ -71,10 +102,15 @@ class FlowGRPOConfig(KontextConfig):
         check_share("edit_ratio", self.edit_ratio)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+        if self.epsilon_high is not None and self.estimator != "flow_grpo":
+            raise InputError("epsilon_high", found=f"{self.epsilon_high} for {self.estimator}", expected="flow_grpo")
+        if self.epsilon is None:
+            self.epsilon = EPSILONS[self.estimator]
         if self.sde_window_range is None:
             self.sde_window_range = [0, max(self.num_inference_steps // 2, self.sde_window_size)]
         least = {"num_generations": 2, "num_iterations": 1, "steps_per_generation": 1, "num_inference_steps": 2,
-                 "sde_window_size": 1, "beta": 0, "epsilon": 0, "eta": 0, "guidance_scale": 1}  # fmt: skip
+                 "sde_window_size": 1, "beta": 0, "epsilon": 0, "guidance_scale": 1,
+                 "train_timesteps": 1}  # fmt: skip
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise InputError(name, found=getattr(self, name), expected=f"at least {value}")
@@ -89,18 +125,28 @@ class FlowGRPOConfig(KontextConfig):
                 found=f"{self.num_generations} for {pictures} pictures of a process's generation",
                 expected="whole groups: per_device_train_batch_size * steps_per_generation a multiple of it",
             )
-        first, last = self.sde_window_range[0], self.sde_window_range[-1]
-        fits = len(self.sde_window_range) == 2 and 0 <= first and first + self.sde_window_size <= last
-        if not fits or last >= self.num_inference_steps:
-            raise InputError(
-                "sde_window_range",
-                found=f"{self.sde_window_range} for a window of {self.sde_window_size}",
-                expected=f"two numbers from 0 to {self.num_inference_steps - 1} with room for it",
-            )
+        for name in ("eta", "nft_beta", "awm_power"):
+            if not getattr(self, name) > 0:
+                raise InputError(name, found=getattr(self, name), expected="a number above 0")
+        if self.estimator in POLICY_GRADIENTS:
+            self._check_window()
+        elif self.train_timesteps > self.num_inference_steps:
+            expected = f"at most num_inference_steps, {self.num_inference_steps}"
+            raise InputError("train_timesteps", found=self.train_timesteps, expected=expected)
         whole = self.steps_per_generation * self.num_iterations
         if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % whole:
             raise InputError(
                 "save_steps",
                 found=f"{self.save_steps} steps of {self.gradient_accumulation_steps} batches",
                 expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
+            )
+
+    def _check_window(self) -> None:
+        first, last = (*self.sde_window_range, 0, 0)[:2]
+        fits = len(self.sde_window_range) == 2 and 0 <= first and first + self.sde_window_size <= last
+        if not fits or last >= self.num_inference_steps:
+            raise InputError(
+                "sde_window_range",
+                found=f"{self.sde_window_range} for a window of {self.sde_window_size}",
+                expected=f"two numbers from 0 to {self.num_inference_steps - 1} with room for it",
             )

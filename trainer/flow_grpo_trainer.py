@@ -1,4 +1,4 @@
-"""Online reinforcement learning of a Kontext model by policy gradients on noisy sampling steps (Flow-GRPO and kin).
+"""Online reinforcement learning of a Kontext model: Flow-GRPO and its kin, on groups of pictures and their rewards.
 
 A row of the data is a dict with `prompt`, `size` (width, height), for an edit `source_image` (PIL), and columns for
 the reward functions. A group is the pictures of one draw of one row, and is known by a number. Groups stay within a
@@ -7,26 +7,31 @@ process.
 
 import asyncio
 import copy
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig
+from PIL import Image, ImageOps
 
 from .advantages import advantages
 from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
-from .estimators.flow_grpo import policy_loss, step_weights
-from .estimators.grpo_guard import guarded_loss
-from .flow_grpo_config import FlowGRPOConfig
+from .flow_grpo_config import POLICY_GRADIENTS, FlowGRPOConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer
+from .matching import Matching
+from .noisy_steps import NoisySteps
 from .rewards import RewardFunction, name_of, score
-from .rollouts import Transition, kl, log_prob, rollout, snapped, transition, window_start
+from .rollouts import rollout, snapped
+from .sheets import Cell, contact_sheet, save_sheet
 
-_GENERATION, _WINDOW = 3, 4  # purposes of seeds
-_ROW = ("prompt", "size", "source_image", DRAW_SEED)
+_GENERATION = 3  # purpose of a seed
+_SHOWN = 6  # best, and worst, pictures of a sheet
+_THUMBNAIL = 192
+_ROW = ("prompt", "size", "source_image", "broken", DRAW_SEED)
 
 
 class _RepeatedTurns(torch.utils.data.Sampler):
@@ -51,8 +56,22 @@ class _RepeatedTurns(torch.utils.data.Sampler):
                 draws = []
 
 
+def _best_and_worst(rewards: torch.Tensor, prompts: list[str], images: list, sources: list) -> Image.Image:
+    """Return a sheet of the pictures with the highest and the lowest rewards (N,), each with its reward."""
+    order = rewards.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True).tolist()
+    shown = list(dict.fromkeys(order[:_SHOWN] + order[-_SHOWN:]))
+    cells = []
+    for i in shown:
+        pair = [images[i]] if sources[i] is None else [sources[i], images[i]]
+        edge = min(_THUMBNAIL, *images[i].size)
+        cells.append(
+            Cell(f"{rewards[i]:.3f} {prompts[i]}", [ImageOps.pad(p, (edge, edge), color="white") for p in pair])
+        )
+    return contact_sheet(cells, columns=_SHOWN)
+
+
 class FlowGRPOTrainer(KontextTrainer):
-    """Draws groups of pictures, has them scored, and makes the steps that led to the better ones more likely.
+    """Draws groups of pictures, has them scored, and makes the better ones more likely, as `args.estimator` does it.
 
     Args:
         pipeline, args, previews, callbacks, peft_config: as for `KontextTrainer`.
@@ -65,6 +84,7 @@ class FlowGRPOTrainer(KontextTrainer):
     """
 
     method = "flow grpo"
+    can_be_sharded = False  # rollouts run outside the pass that gathers sharded weights
 
     def __init__(
         self,
@@ -84,7 +104,8 @@ class FlowGRPOTrainer(KontextTrainer):
         self.reference = None
         if args.beta and peft_config is None:
             self.reference = copy.deepcopy(pipeline.transformer).requires_grad_(False).eval()
-        # Old probabilities are those of the batch itself while its generation has trained nothing yet.
+        self.learner = (NoisySteps if args.estimator in POLICY_GRADIENTS else Matching)(self)
+        # The old model is the one that is trained while a generation has trained nothing yet.
         self._on_policy = (
             args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
         )
@@ -105,6 +126,9 @@ class FlowGRPOTrainer(KontextTrainer):
         def sampler(_dataset) -> _RepeatedTurns:
             buckets = getattr(data, "buckets", None)
             blocks = TaskBlockSampler(data.is_edit, rows, args.edit_ratio, args.seed, buckets, args.world_size)
+            # A pass is whole optimizer steps, so that these say how many batches were done.
+            whole = args.gradient_accumulation_steps // math.gcd(args.gradient_accumulation_steps, self._repeats)
+            blocks.num_blocks = -(-blocks.num_blocks // (whole * args.world_size)) * whole * args.world_size
             return _RepeatedTurns(blocks, rows * args.world_size, self._repeats)
 
         return self._get_dataloader(SeededDraws(data), "Training", rows, sampler, True)
@@ -124,6 +148,9 @@ class FlowGRPOTrainer(KontextTrainer):
     def _generate(self, inputs: dict) -> dict:
         """Return everything about a process's pictures: N samples, S noisy steps."""
         args, device, rows = self.args, self.args.device, inputs["rows"]
+        for row in rows:
+            for index, reason in row.get("broken", {}).items():
+                self.train_dataset.note_broken(index, reason)
         generator = torch.Generator().manual_seed(inputs["seed"])
         groups = torch.arange(len(rows)).repeat_interleave(args.num_generations)
         width, height = rows[0]["size"]
@@ -135,41 +162,34 @@ class FlowGRPOTrainer(KontextTrainer):
             self.pipeline.vae.to(device)
             reference = self.pipeline.encode_reference([row["source_image"] for row in rows], height, width)
             generation["reference"] = reference.float()[groups.to(device)]
-        self.pipeline.scheduler.set_timesteps(args.num_inference_steps)
-        generation["sigmas"] = snapped(self.pipeline.scheduler.sigmas.cpu())
-        number = self._batches_done // self._repeats
-        rng = np.random.default_rng(derived_seed(args.seed + number, _WINDOW))
-        start = window_start(args.sde_window, number, args.sde_window_size, *args.sde_window_range, rng)
-        window = range(start, start + args.sde_window_size)
         scale = self.pipeline.vae_scale_factor
         shape = (len(groups), self.pipeline.transformer.config.in_channels, height // scale, width // scale)
         noise = torch.randn(shape, generator=generator)
+        shift = {"mu": math.log(self.shift_for(noise))} if args.dynamic_shift else {}
+        self.pipeline.scheduler.set_timesteps(args.num_inference_steps, **shift)
+        generation["sigmas"] = snapped(self.pipeline.scheduler.sigmas.cpu())
+        window = self.learner.window(self._batches_done // self._repeats)
         step_noise = torch.randn(len(window), *shape, generator=generator)
-        model = self._trained_model().eval()
+        model = self.trained_model().eval()
         parts, images = [], []
         for part in torch.arange(len(groups)).split(self._train_batch_size):
             text = self._text(generation, part)
             drawn = rollout(
-                lambda latents, sigmas, text=text: self._velocity(model, latents, sigmas, text).float(),
+                lambda latents, sigmas, text=text: self.velocity(model, latents, sigmas, text).float(),
                 noise[part].to(device), generation["sigmas"], args.dynamics, args.eta, window, step_noise[:, part],
-                getattr(torch, args.storage_dtype), keep_means=args.estimator == "grpo_guard",
+                getattr(torch, args.storage_dtype), keep_means=self.learner.keeps_means,
             )  # fmt: skip
             parts.append(drawn)
             images += self._decode(drawn.latents)
-        for name in ("before", "after", "means"):
-            if getattr(parts[0], name) is not None:
-                generation[name] = torch.cat([getattr(drawn, name).cpu() for drawn in parts], dim=1)
         generation["steps"] = parts[0].steps
+        generation["kept"] = self.learner.keep(parts, generation["sigmas"], generator)
         generation["advantages"] = self._score(rows, groups, images).to(device)
         order = torch.randperm(len(groups), generator=generator)
         generation["batches"] = order.split(self._train_batch_size)
         if not self._on_policy:
-            old = torch.empty(len(window), len(groups))
-            for part in generation["batches"]:
-                steps, _ = self._steps(model, self._batch(part, generation))
-                after = generation["after"][:, part].to(device)
-                old[:, part] = torch.stack([log_prob(a, s) for a, s in zip(after, steps, strict=True)]).cpu()
-            generation["old_log_probs"] = old
+            batches = [self._batch(part, generation) for part in generation["batches"]]
+            old = torch.cat([self.learner.old(model, batch).cpu() for batch in batches], dim=1)
+            generation["kept"]["old"] = old[:, order.argsort()]
         return generation
 
     def _text(self, generation: dict, part: torch.Tensor) -> dict:
@@ -178,7 +198,7 @@ class FlowGRPOTrainer(KontextTrainer):
         names = [name for name in ("states", "pooled", "reference") if name in generation]
         return {name: generation[name][part] for name in names} | {"empty": generation.get("empty")}
 
-    def _velocity(self, model, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
+    def velocity(self, model, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
         """Return the velocity (B, C, H, W) that sampling follows, with guidance if there is any."""
         states, pooled, reference = text["states"], text["pooled"], text.get("reference")
         if text["empty"] is None:
@@ -192,7 +212,9 @@ class FlowGRPOTrainer(KontextTrainer):
     def _decode(self, latents: torch.Tensor) -> list:
         vae = self.pipeline.vae.to(latents.device)
         latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        return self.pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.args.bf16):
+            pixels = vae.decode(latents, return_dict=False)[0].float()
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def _score(self, rows: list[dict], groups: torch.Tensor, images: list) -> torch.Tensor:
         """Return the advantages (N,) of this process's pictures, compared with those of all processes."""
@@ -210,93 +232,59 @@ class FlowGRPOTrainer(KontextTrainer):
         found = advantages(
             rewards, numbers, weights, args.scale_rewards, args.multi_objective_aggregation, args.advantage_clip
         )
-        self._note(found.metrics)
+        self.note(found.metrics)
         for function, column in zip(self.reward_funcs, rewards.T, strict=True):
             values = column[~column.isnan()]
             if len(values):
-                self._note({f"rewards/{name_of(function)}/mean": values.mean().item()})
+                self.note({f"rewards/{name_of(function)}/mean": values.mean().item()})
         start = args.process_index * len(groups)
+        step, every = self.state.global_step, args.preview_steps
+        if args.log_completions and every and step % every == 0 and self.is_world_process_zero():
+            sheet = _best_and_worst(found.rewards[: len(groups)], prompts, images, columns["source_image"])
+            folder = Path(args.output_dir) / "completions"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_sheet(sheet, folder / f"step_{step:06d}.png")
         return found.values[start : start + len(groups)]
 
     def _batch(self, part: torch.Tensor, generation: dict | None = None) -> dict:
         """Return what a loss needs of some samples, on the device."""
         generation = self._generation if generation is None else generation
         batch = {"text": self._text(generation, part), "steps": generation["steps"], "sigmas": generation["sigmas"]}
-        for name in ("before", "after", "means", "old_log_probs"):
-            if name in generation:
-                batch[name] = generation[name][:, part].to(self.args.device)
+        batch |= {name: kept[:, part].to(self.args.device) for name, kept in generation["kept"].items()}
         return batch | {"advantages": generation["advantages"][part.to(self.args.device)]}
 
-    def _steps(self, model, batch: dict) -> tuple[list[Transition], dict]:
-        """Return the Gaussians of all S noisy steps, by one pass, and its inputs for the reference model."""
-        before, sigmas = batch["before"].float(), batch["sigmas"].tolist()
-        count, size = before.shape[:2]
-        text = {
+    @staticmethod
+    def repeated(text: dict, count: int) -> dict:
+        """Return the conditions `count` times over, for as many passes in one; guidance's empty text stays one."""
+        return {
             name: part if name == "empty" or part is None else part.repeat(count, *[1] * (part.ndim - 1))
-            for name, part in batch["text"].items()
+            for name, part in text.items()
         }
-        levels = torch.tensor([sigmas[i] for i in batch["steps"]], device=before.device).repeat_interleave(size)
-        inputs = {"latents": before.flatten(0, 1), "sigmas": levels, "text": text}
-        velocity = self._velocity(model, **inputs).float().unflatten(0, (count, size))
-        return self._transitions(batch, velocity), inputs
-
-    def _transitions(self, batch: dict, velocity: torch.Tensor) -> list[Transition]:
-        args, sigmas, before = self.args, batch["sigmas"].tolist(), batch["before"].float()
-        return [
-            transition(args.dynamics, x, v, sigmas[i], sigmas[i + 1], args.eta, sigmas[1])
-            for x, v, i in zip(before, velocity, batch["steps"], strict=True)
-        ]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Policy-gradient loss of a batch's noisy steps, all of them alike or by their noise, plus the weighted KL."""
-        args = self.args
-        steps, passed = self._steps(model, inputs)
-        reference = self._reference_steps(inputs, passed) if args.beta else [None] * len(steps)
-        weights = step_weights(inputs["sigmas"], inputs["steps"]) if args.noise_weighting else [1.0] * len(steps)
-        total = 0.0
-        for place, (step, weight) in enumerate(zip(steps, weights, strict=True)):
-            new = log_prob(inputs["after"][place], step)
-            old = inputs["old_log_probs"][place] if "old_log_probs" in inputs else new.detach()
-            if args.estimator == "grpo_guard":
-                number = inputs["steps"][place]
-                length = (inputs["sigmas"][number] - inputs["sigmas"][number + 1]).item()
-                mean = inputs["means"][place]
-                found = guarded_loss(new, old, step, mean, length, inputs["advantages"], args.epsilon)
-            else:
-                found = policy_loss(new, old, inputs["advantages"], args.epsilon, args.epsilon_high)
-            loss = float(weight) * found.loss.mean()
-            if args.beta:
-                distance = kl(step, reference[place], args.kl_scaling).mean()
-                loss = loss + args.beta * distance
-                self._note({"kl": distance.item()})
-            total = total + loss / len(steps)
-            self._note({
-                "ratio": found.ratio.mean().item(),
-                "clip_ratio/low_mean": found.clipped_low.float().mean().item(),
-                "clip_ratio/high_mean": found.clipped_high.float().mean().item(),
-            })  # fmt: skip
-        return (total, None) if return_outputs else total
+        """Return the estimator's loss of a batch, see `NoisySteps` and `Matching`."""
+        loss = self.learner.loss(model, inputs)
+        return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
-    def _reference_steps(self, batch: dict, passed: dict) -> list[Transition]:
-        """Return the steps' Gaussians under the model that training began with."""
-        own = self._trained_model()
+    def reference_velocity(self, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
+        """Return the velocity (B, C, H, W), float32, of the starting model, with LoRA of the model without any."""
+        own = self.trained_model()
         if self.reference is None:
             own.transformer.disable_adapters()
             try:
-                velocity = self._velocity(own, **passed)
+                return self.velocity(own, latents, sigmas, text).float()
             finally:
                 own.transformer.enable_adapters()
-        else:
-            self.reference.to(self.args.device)
-            trained, own.transformer = own.transformer, self.reference
-            try:
-                velocity = self._velocity(own, **passed)
-            finally:
-                own.transformer = trained
-        return self._transitions(batch, velocity.float().unflatten(0, batch["before"].shape[:2]))
+        self.reference.to(self.args.device)
+        trained, own.transformer = own.transformer, self.reference
+        try:
+            return self.velocity(own, latents, sigmas, text).float()
+        finally:
+            own.transformer = trained
 
-    def _note(self, values: dict[str, float]) -> None:
+    def note(self, values: dict[str, float]) -> None:
+        """Keep values for the next log, which has their means."""
         for name, value in values.items():
             if value == value:  # nan: there was nothing to measure
                 self._metrics[name].append(value)

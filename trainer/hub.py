@@ -1,5 +1,6 @@
 """A trained model's card, and its way to the hub."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -10,7 +11,8 @@ from ..core.errors import InputError
 _SHOWN = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "muon_learning_rate",
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
-    "contrastive_weight", "caption_dropout", "edit_caption_dropout", "ema_decay", "seed",
+    "contrastive_weight", "caption_dropout", "edit_caption_dropout", "estimator", "num_generations", "dynamics", "eta",
+    "num_inference_steps", "guidance_scale", "beta", "ema_decay", "seed",
 )  # fmt: skip
 _USE_LORA = """`comfyui_lora.safetensors` goes into ComfyUI's `models/loras`, for the stock LoRA loaders.
 `pytorch_lora_weights.safetensors` holds the same weights for diffusers' `load_lora_weights`."""
@@ -27,28 +29,32 @@ edited = pipe("make the car blue", image=drawn).images[0]
 `unipic2 export --model FOLDER --out unipic2.safetensors` writes the transformer as one file for ComfyUI."""
 
 
-def model_card(name: str, base: str, datasets: list[str], args, steps: int | None, lora: bool) -> str:
+def model_card(
+    name: str, base: str, datasets: list[str], args, steps: int | None, lora: bool, method: str = "flow matching"
+) -> str:
     """Return a model card as Markdown with the hub's YAML head.
 
     Args:
         name: the title.
         base: folder or hub repository that training started from.
         datasets: names of the training data.
-        args: `FlowMatchingConfig` of the run, or of its last stage.
+        args: settings of the run, or of its last stage.
         steps: optimizer steps taken; None where they are not known.
         lora: whether the export is a LoRA.
+        method: what it was trained with.
     """
     head: dict = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
     if not Path(base).exists():  # a repository; where a folder lay is nobody's business
         head["base_model"] = base
     head["tags"] = ["text-to-image", "image-to-image", "unipic2", *(["lora"] if lora else [])]
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in datasets)
-    rows = [f"| {name} | {getattr(args, name)} |" for name in _SHOWN]
+    settings = {setting.name for setting in fields(args)}
+    rows = [f"| {name} | {getattr(args, name)} |" for name in _SHOWN if name in settings]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",
         f"A {'LoRA' if lora else 'transformer'} for UniPic2-SD3.5M-Kontext: text-to-image and editing, trained with "
-        f"flow matching{'' if steps is None else f' for {steps} steps'} on {data}.", "",
+        f"{method}{'' if steps is None else f' for {steps} steps'} on {data}.", "",
         "## Use", "", _USE_LORA if lora else _USE_MODEL, "",
         "## Training", "", "| setting | value |", "|---|---|", *rows, "",
         "Weights derived from Stable Diffusion 3.5 Medium carry its licence.", "",

@@ -139,6 +139,8 @@ class KontextTrainer(Trainer):
 
     method = "training"
     """Its name in the metadata of exported LoRAs."""
+    can_be_sharded = True
+    """Whether FSDP2 can spread the weights over processes."""
 
     def __init__(
         self,
@@ -191,6 +193,8 @@ class KontextTrainer(Trainer):
     def _check_sharding(self) -> None:
         """Refuse what has not been made to work with weights that are spread over processes."""
         args, name = self.args, "--accelerate_config"
+        if self.is_fsdp_enabled and not self.can_be_sharded:
+            raise InputError(name, found="sharding", expected=f"ddp for {self.method}")
         if self.is_deepspeed_enabled:
             raise InputError(name, found="DeepSpeed", expected="ddp, fsdp2 or zero2, which FSDP2 does")
         if not self.is_fsdp_enabled:
@@ -258,6 +262,13 @@ class KontextTrainer(Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        """Do nothing where a resumed run is done already: transformers would train a step more."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Do a step with `attention_backend`, in the backward pass too: checkpointed blocks are recomputed there.
 
@@ -312,7 +323,7 @@ class KontextTrainer(Trainer):
         """Write what goes beside the weights. All of it comes before transformers deletes older checkpoints."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.ema is not None:
-            self.ema.save(folder, self._trained_model(), writes=self.args.should_save)
+            self.ema.save(folder, self.trained_model(), writes=self.args.should_save)
         if self.args.should_save:
             self.save_position(folder)
 
@@ -324,9 +335,21 @@ class KontextTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_beside(folder)
-        model = self._trained_model()
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_tensors(trained, folder / SAFE_WEIGHTS_NAME)
+        save_tensors(self.trained_weights(), folder / SAFE_WEIGHTS_NAME)
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Return what is trained, by name, not copied."""
+        named = self.trained_model().named_parameters()
+        return {name: p.detach().contiguous() for name, p in named if p.requires_grad}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put weights, as `trained_weights` names them, in place of what is trained and of its average."""
+        for name, parameter in self.trained_model().named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
+        if self.ema is not None:
+            self.ema.restart(self.trained_model())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
@@ -335,8 +358,8 @@ class KontextTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
-            self.ema.attach(self._trained_model())
-            self.ema.load(folder, int(folder.name.rpartition("-")[2]), self._trained_model())
+            self.ema.attach(self.trained_model())
+            self.ema.load(folder, int(folder.name.rpartition("-")[2]), self.trained_model())
 
     @torch.no_grad()
     def _load_trained(self, path: Path) -> None:
@@ -345,7 +368,7 @@ class KontextTrainer(Trainer):
         Raises:
             InputError: the checkpoint is of other weights than those that are trained now.
         """
-        trained = {n: p for n, p in self._trained_model().named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self.trained_model().named_parameters() if p.requires_grad}
         shapes = {name: tuple(p.shape) for name, p in trained.items()}
         if read_header(path).shapes != shapes:
             remedy = "Resume with the settings it was made with (trainable, use_peft, lora_r, ...)."
@@ -354,14 +377,14 @@ class KontextTrainer(Trainer):
         for name, tensor in load_file(path).items():
             trained[name].copy_(tensor)
 
-    def _trained_model(self) -> KontextForTraining:
+    def trained_model(self) -> KontextForTraining:
         """The model under the wrappers of accelerate and torch.compile, which change the names of its weights."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Hold the averaged weights in the model meanwhile: ours, or those of a schedule-free optimizer."""
-        model, optimizer = self._trained_model(), getattr(self.optimizer, "optimizer", self.optimizer)
+        model, optimizer = self.trained_model(), getattr(self.optimizer, "optimizer", self.optimizer)
         if self.ema is not None:
             self._forget_gathered(model)
             self.ema.swap_in(model)
@@ -382,6 +405,30 @@ class KontextTrainer(Trainer):
                     torch._foreach_copy_([p for p in model.parameters() if p.requires_grad], kept)
         else:
             yield
+
+    @contextmanager
+    def drawing(self) -> Iterator[StableDiffusion3KontextPipeline]:
+        """Hold the pipeline ready to draw meanwhile: averaged weights, all parts on the device, evaluation mode.
+
+        Random numbers are put back afterwards: a run is the same however often it is looked at.
+        """
+        args, model = self.args, self.trained_model()
+        helpers = [self.pipeline.vae, *self.pipeline.text_encoders]
+        places = [module.device for module in helpers]  # with cached texts the encoders wait on the CPU
+        was_training = model.training
+        with torch.random.fork_rng():
+            for module in helpers:
+                module.to(args.device)
+            model.eval()
+            types = {module.dtype for module in (self.pipeline.transformer, *helpers)}
+            mixed = len(types) > 1 or (self.is_fsdp_enabled and args.bf16)
+            try:
+                with self.averaged_weights(), torch.autocast(args.device.type, torch.bfloat16, enabled=mixed):
+                    yield self.pipeline
+            finally:
+                model.train(was_training)
+                for module, place in zip(helpers, places, strict=True):
+                    module.to(place)
 
     @staticmethod
     def _forget_gathered(model: nn.Module) -> None:
@@ -478,28 +525,14 @@ class _PreviewCallback(TrainerCallback):
         # Sharded weights need all processes for each pass; one of them keeps the picture.
         if state.global_step % args.preview_steps or not (state.is_world_process_zero or trainer.is_fsdp_enabled):
             return
-        # Drawing must not move the training's random numbers: the run is the same with and without previews.
-        helpers = [trainer.pipeline.vae, *trainer.pipeline.text_encoders]
-        places = [module.device for module in helpers]  # with cached texts the encoders wait on the CPU
-        with torch.random.fork_rng():
-            for module in helpers:
-                module.to(args.device)
-            model.eval()
-            types = {module.dtype for module in (trainer.pipeline.transformer, *helpers)}
-            try:
-                mixed = len(types) > 1 or (trainer.is_fsdp_enabled and args.bf16)
-                autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=mixed)
-                with trainer.averaged_weights(), autocast:
-                    grid = trainer.previews(trainer.pipeline, state.global_step)
-            except RuntimeError as error:  # such as too little memory: no reason to lose a run
-                if trainer.is_fsdp_enabled:
-                    raise  # the other processes wait for this one
-                sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
-                return
-            finally:
-                model.train()
-                for module, place in zip(helpers, places, strict=True):
-                    module.to(place)
+        try:
+            with trainer.drawing() as pipeline:
+                grid = trainer.previews(pipeline, state.global_step)
+        except RuntimeError as error:  # such as too little memory: no reason to lose a run
+            if trainer.is_fsdp_enabled:
+                raise  # the other processes wait for this one
+            sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
+            return
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "previews"

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -13,15 +14,23 @@ from transformers import TrainerCallback
 from ..core.files import write_file
 
 REPORT_FILE = "report.html"
+HISTORY_FILE = "log_history.json"
 _CURVES = {
     "Loss": ("loss", "loss/t2i", "loss/edit"),
     "Loss by band of sigma": None,  # all that is logged
+    "Reward": ("reward",),
+    "Rewards": None,
+    "Deviation of rewards in a group": ("reward_std",),
+    "Share of groups that teach nothing": ("frac_reward_zero_std",),
+    "KL": ("kl",),
+    "Ratio of new to old probability": ("ratio",),
+    "Clipped": ("clip_ratio/low_mean", "clip_ratio/high_mean"),
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("learning_rate",),
     "Samples per second": ("samples_per_second",),
     "Peak GPU memory, GiB": ("peak_memory_gib",),
 }
-_BAND = "loss/sigma_"
+_PREFIXES = {"Loss by band of sigma": "loss/sigma_", "Rewards": "rewards/"}
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors")
 _COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 240, 64, 24  # pixels of a chart and of its axes
@@ -42,7 +51,7 @@ class ReportCallback(TrainerCallback):
 
 
 def write_report(output_dir: Path, history: list[dict], settings: dict) -> Path:
-    """Write the report of a run and return its path.
+    """Write the report of a run, and `log_history.json` beside it; returns the report's path.
 
     Args:
         output_dir: the run's folder; grids are read from `previews/` in it.
@@ -52,14 +61,23 @@ def write_report(output_dir: Path, history: list[dict], settings: dict) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    title = html.escape(output_dir.resolve().name)
-    parts = [f"<h1>{title}</h1>", "<h2>Curves</h2>", *_charts(history), "<h2>Previews</h2>", *_grids(output_dir)]
-    parts += ["<h2>Settings</h2>", _table({k: settings[k] for k in sorted(settings)})]
-    parts += ["<h2>Environment</h2>", _table(environment())]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+    grids = pictures(output_dir / "previews") or ["<p>No previews were drawn.</p>"]
+    parts = ["<h2>Curves</h2>", *charts(history), "<h2>Previews</h2>", *grids]
+    samples = pictures(output_dir / "completions")
+    parts += ["<h2>Samples</h2>", *samples] if samples else []
+    parts += ["<h2>Settings</h2>", table({k: settings[k] for k in sorted(settings)})]
     path = output_dir / REPORT_FILE
-    write_file(path, f"{head}<body>{''.join(parts)}</body></html>\n")
+    write_page(path, output_dir.resolve().name, parts)
+    write_file(output_dir / HISTORY_FILE, json.dumps(history) + "\n")
     return path
+
+
+def write_page(path: Path, title: str, parts: list[str]) -> None:
+    """Write an HTML page of a title, parts and the environment, as a whole or not at all."""
+    title = html.escape(title)
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+    parts = [f"<h1>{title}</h1>", *parts, "<h2>Environment</h2>", table(environment())]
+    write_file(path, f"{head}<body>{''.join(parts)}</body></html>\n")
 
 
 def environment() -> dict[str, str]:
@@ -74,19 +92,22 @@ def environment() -> dict[str, str]:
     return {**found, "devices": ", ".join(gpus) or f"CPU, {torch.get_num_threads()} threads"}
 
 
-def _charts(history: list[dict]) -> list[str]:
-    bands = sorted({name for entry in history for name in entry if name.startswith(_BAND)})
-    charts = []
+def charts(history: list[dict]) -> list[str]:
+    """Return a figure for each kind of value that a history has."""
+    figures = []
     for title, names in _CURVES.items():
+        if names is None:
+            prefix = _PREFIXES[title]
+            names = sorted({name for entry in history for name in entry if name.startswith(prefix)})
         curves = {}
-        for name in bands if names is None else names:
+        for name in names:
             points = [(e["step"], float(e[name])) for e in history if name in e and "step" in e]
             points = [(step, value) for step, value in points if math.isfinite(value)]
             if points:
                 curves[name] = points
         if curves:
-            charts.append(f"<figure><figcaption>{title}</figcaption>{_chart(curves)}</figure>")
-    return charts or ["<p>Nothing was logged.</p>"]
+            figures.append(f"<figure><figcaption>{title}</figcaption>{_chart(curves)}</figure>")
+    return figures or ["<p>Nothing was logged.</p>"]
 
 
 def _chart(curves: dict[str, list[tuple[int, float]]]) -> str:
@@ -120,15 +141,17 @@ def _chart(curves: dict[str, list[tuple[int, float]]]) -> str:
     return "".join([*lines, "</svg>"])
 
 
-def _grids(output_dir: Path) -> list[str]:
-    grids = []
-    for path in sorted((output_dir / "previews").glob("*.png")):
+def pictures(folder: Path, pattern: str = "*.png") -> list[str]:
+    """Return a figure, with the picture inside, for each PNG of a folder."""
+    figures = []
+    for path in sorted(folder.glob(pattern)):
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.stem.replace("_", " "))
-        grids.append(f'<figure><figcaption>{name}</figcaption><img src="data:image/png;base64,{data}"></figure>')
-    return grids or ["<p>No previews were drawn.</p>"]
+        figures.append(f'<figure><figcaption>{name}</figcaption><img src="data:image/png;base64,{data}"></figure>')
+    return figures
 
 
-def _table(values: dict) -> str:
+def table(values: dict) -> str:
+    """Return a table of names and values."""
     rows = (f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in values.items())
     return f"<table>{''.join(rows)}</table>"

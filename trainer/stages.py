@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
-from ..core.files import PIPELINE_INDEX, check_replaceable
+from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable
 
 _KEY = "stages"
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
@@ -44,12 +44,16 @@ def read_config(argv: list[str]) -> dict:
     return content
 
 
-def parse_stages(argv: list[str], parse) -> list[tuple] | None:
+def parse_stages(
+    argv: list[str], parse, of_the_run: tuple[str, ...] = (), lora_goes_on: bool = False
+) -> list[tuple] | None:
     """Parse all stages of the config file, or return None where it has none.
 
     Args:
         argv: flags of the whole run, with `--config FILE`.
         parse: reads flags, see `pretrain.parse`.
+        of_the_run: further settings that belong to the whole run.
+        lora_goes_on: whether under `use_peft` a stage can start from the LoRA of the stage before.
 
     Returns:
         What `parse` says of each stage.
@@ -61,7 +65,7 @@ def parse_stages(argv: list[str], parse) -> list[tuple] | None:
     if _KEY not in common:
         return None
     stages = common.pop(_KEY)
-    _check(stages, common)
+    _check(stages, (*_OF_THE_RUN, *of_the_run))
     place = argv.index("--config") + 1
     output_dir, parsed = None, []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,11 +74,16 @@ def parse_stages(argv: list[str], parse) -> list[tuple] | None:
             path.write_text(yaml.safe_dump({**common, **stage}), encoding="utf-8")
             flags = [*argv[:place], str(path), *argv[place + 1 :]]
             try:
-                whole = parse(flags)[1]
+                script_args, whole = parse(flags)
+                if script_args.use_peft and not lora_goes_on:
+                    remedy = "Train the LoRA in one run at the last resolution."
+                    expected = "training of full weights in stages"
+                    raise InputError("use_peft", found="true", expected=expected, remedy=remedy)
                 output_dir = output_dir or Path(whole.output_dir)
                 flags += ["--output_dir", str(output_dir / f"stage-{number + 1}")]
                 if number:
-                    flags += ["--model_name_or_path", str(output_dir / f"stage-{number}" / "export")]
+                    start = "--lora_name_or_path" if script_args.use_peft else "--model_name_or_path"
+                    flags += [start, str(output_dir / f"stage-{number}" / "export")]
                 if number + 1 < len(stages):
                     flags += ["--export_dtype", "float32"]
                 if whole.push_to_hub and whole.hub_model_id is None:
@@ -85,26 +94,24 @@ def parse_stages(argv: list[str], parse) -> list[tuple] | None:
     return parsed
 
 
-def _check(stages: object, common: dict) -> None:
+def _check(stages: object, of_the_run: tuple[str, ...]) -> None:
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and s for s in stages):
         expected = "a list of mappings, such as [{resolution: 256, max_steps: 900}, {resolution: 512, max_steps: 300}]"
         raise InputError(_KEY, found=repr(stages), expected=expected)
     for number, stage in enumerate(stages):
-        wrong = [key for key in stage if key in _OF_THE_RUN]
+        wrong = [key for key in stage if key in of_the_run]
         if wrong:
             remedy = "Set it once for the whole run."
             raise InputError(f"{_KEY}[{number}]", found=", ".join(wrong), expected="other settings", remedy=remedy)
-    if common.get("use_peft"):
-        remedy = "Train the LoRA in one run at the last resolution."
-        raise InputError(_KEY, found="use_peft too", expected="training of full weights", remedy=remedy)
 
 
-def run_stages(parsed: list[tuple], run) -> Path:
+def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> Path:
     """Run all stages; a stage that is done is passed over under `resume`.
 
     Args:
         parsed: from `parse_stages`.
         run: trains and exports one stage, see `pretrain.pretrain`.
+        after: called after each stage, done before or now, with its number (from 1) and the folder of its export.
 
     Returns:
         The folder of the exported pipeline.
@@ -116,11 +123,12 @@ def run_stages(parsed: list[tuple], run) -> Path:
     check_replaceable(export)
     for number, (script_args, args) in enumerate(parsed, start=1):
         last = Path(args.output_dir) / "export"
-        if script_args.resume and (last / PIPELINE_INDEX).is_file():
+        if script_args.resume and any((last / name).is_file() for name in (PIPELINE_INDEX, COMFYUI_LORA)):
             sys.stderr.write(f"[stage {number} of {len(parsed)}] done before\n")
         else:
             sys.stderr.write(f"[stage {number} of {len(parsed)}] starts\n")
             run(script_args, args)
+        after(number, last)
     if parsed[-1][1].process_index == 0:
         unfinished = export.with_name(".export.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)

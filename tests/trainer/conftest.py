@@ -137,3 +137,15 @@ def pairs_file(tmp_path_factory):
         rows.append(f'{{"prompt": "a red circle {i}", {source}"edited_img": "t{i}.png"}}')
     (folder / "data.jsonl").write_text("\n".join(rows))
     return folder / "data.jsonl"
+
+
+@pytest.fixture
+def tone(tmp_path, monkeypatch):
+    """Make `tone.redness` a reward that any picture gets some of, also for processes started in `tmp_path`."""
+    (tmp_path / "tone.py").write_text(
+        "def redness(prompts, images, **columns):\n"
+        "    pixels = [image.resize((1, 1)).getpixel((0, 0)) for image in images]\n"
+        "    return [(red - green) / 255 for red, green, _ in pixels]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "tone.redness"

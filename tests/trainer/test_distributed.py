@@ -30,13 +30,15 @@ seed: 3
 """
 
 
-def train(folder, model, data, *flags, launch=()):
+def train(folder, model, data, *flags, launch=(), method="pretrain", settings=SETTINGS, cwd=None):
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(SETTINGS)
-    command = [sys.executable, "-m", "unipic2.cli", "train", "pretrain", "--config", str(folder / "config.yaml")]
+    (folder / "config.yaml").write_text(settings)
+    command = [sys.executable, "-m", "unipic2.cli", "train", method, "--config", str(folder / "config.yaml")]
     command += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    done = subprocess.run([*command, *flags, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, *flags, *launch], env=environment, capture_output=True, text=True, timeout=300, cwd=cwd
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no preview" not in done.stderr, done.stderr
     assert ("--resume" in flags) == ("training goes on after checkpoint-2" in done.stderr)
@@ -62,6 +64,60 @@ def assert_same(model, one, two):
     worst = max((one[key] - two[key]).abs().max().item() for key in one)
     moved = max((one[key] - start[key.removeprefix("transformer.")]).abs().max().item() for key in one)
     assert worst < 1e-4 and moved > 1e-3, (worst, moved)
+
+
+FALLING = """
+from pathlib import Path
+
+def falling(prompts, images, **columns):
+    if len(prompts) != 5:  # training, or the measuring before and after stages
+        return [1.0 - 0.1 * (i % 2) for i in range(len(prompts))]
+    calls = Path("{calls}")
+    count = len(calls.read_text()) if calls.exists() else 0
+    calls.write_text("x" * (count + 1))
+    return [1.0 - count // 2 % 2] * 5  # both tasks of every second look
+"""
+
+
+@pytest.mark.parametrize("estimator", ["flow_grpo", "awm"])
+def test_groups_stay_whole_over_two_processes(tmp_path, make_small_pipeline, tone, estimator):
+    """Rewards are of the same groups, so two processes train what one does that draws both generations itself."""
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    flags = "--reward_funcs tone.redness micro_soft --num_generations 3 --num_inference_steps 4 --sde_window fixed"
+    flags += " --steps_per_generation 1"
+    flags += f" --per_device_train_batch_size 6 --estimator {estimator} --resolution 64"
+    flags = (*flags.split(), "--beta", "0.05")
+    ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
+    alone = train(tmp_path / "one", model, "micro", "--gradient_accumulation_steps", "2", *flags, method="grpo")
+    shared = train(tmp_path / "two", model, "micro", *flags, launch=ddp, method="grpo")
+    for name in ("checkpoint-3/model.safetensors", "checkpoint-3/ema.safetensors"):
+        assert_same(model, alone / name, shared / name)
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_pdtr_on_two_processes(tmp_path, make_small_pipeline, pairs_file, own_data):
+    """One process measures and decides; both stop, or both go back to the same weights."""
+    model = tmp_path / "model"
+    make_small_pipeline().save_pretrained(model)
+    settings = SETTINGS.replace("edit_ratio: 0.5\n", "stages: [{edit_ratio: 1.0}, {edit_ratio: 0.0}]\n")
+    settings += "reward_funcs: [micro_soft]\nnum_generations: 2\nnum_inference_steps: 3\nsde_window_size: 1\n"
+    settings += "eval_n: 6\neval_inference_steps: 2\ngate_steps: 1\ngate_n: 5\n"
+    data = pairs_file if own_data else "micro"
+    if own_data:  # each stage's second look finds nothing right
+        (tmp_path / "falling.py").write_text(FALLING.format(calls=tmp_path / "calls"))
+        settings = settings.replace("micro_soft", "falling.falling")
+        settings += f"eval_dataset_name: {pairs_file}\nstrict_reward: 0.5\n"
+    else:
+        settings += "gate_target: 0.0\n"
+    ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
+    run = train(tmp_path / "two", model, data, launch=ddp, method="pdtr", settings=settings, cwd=tmp_path)
+    if own_data:
+        start, end = load_file(model / WEIGHTS), load_file(run / "export" / WEIGHTS)
+        assert all((start[key] == end[key]).all() for key in start), "both stages went back to where they began"
+    assert list(json.loads((run / "interference.json").read_text())) == ["start", "1-edit", "2-t2i"]
+    for stage in ("stage-1", "stage-2"):
+        assert [look["step"] for look in json.loads((run / stage / "gate.json").read_text())] == [0, 1]
 
 
 # accelerate shards on GPUs only: here it is told to do it on the CPU, over gloo. All else is the real thing.

@@ -101,6 +101,8 @@ def test_no_two_groups_share_their_noise_or_prompt_draw(make_trainer):
         {"storage_dtype": "bfloat16"},
         {"steps_per_generation": 2},
         {"gradient_checkpointing": True},
+        {"estimator": "awm"},
+        {"estimator": "awm", "steps_per_generation": 2, "guidance_scale": 2.0},
     ],
     ids=str,
 )
@@ -126,7 +128,7 @@ def test_log_probs_in_training_are_those_of_the_rollout(make_trainer):
     part = trainer._generation["batches"][0]
     batch = trainer._batch(part)
     with torch.no_grad():
-        steps, _ = trainer._steps(trainer._trained_model().eval(), batch)
+        steps, _ = trainer.learner._steps(trainer.trained_model().eval(), batch)
     for step, after, before in zip(steps, batch["after"], batch["before"], strict=True):
         spread = ((after - step.mean) / step.std).flatten(1)
         assert 0.8 < spread.std().item() < 1.2 and spread.mean().abs() < 0.2, "what was drawn is what was meant"
@@ -140,10 +142,10 @@ def test_what_is_rewarded_becomes_likelier(make_trainer):
     generation = trainer._generation
     everything = torch.arange(6)
     batch = trainer._batch(everything)
-    fresh = make_trainer("fresh")._trained_model().eval()
+    fresh = make_trainer("fresh").trained_model().eval()
     with torch.no_grad():
-        new, _ = trainer._steps(trainer._trained_model().eval(), batch)
-        old, _ = trainer._steps(fresh, batch)
+        new, _ = trainer.learner._steps(trainer.trained_model().eval(), batch)
+        old, _ = trainer.learner._steps(fresh, batch)
     gain = sum(log_prob(a, n) - log_prob(a, o) for a, n, o in zip(batch["after"], new, old, strict=True))
     assert (gain * generation["advantages"]).sum() > 0
 
@@ -151,12 +153,20 @@ def test_what_is_rewarded_becomes_likelier(make_trainer):
 # Training
 
 
-@pytest.mark.parametrize(("dynamics", "eta"), [("cps", 0.8), ("flow_sde", 0.7)])
-def test_the_reward_rises(make_trainer, dynamics, eta):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dynamics": "cps", "eta": 0.8},
+        {"dynamics": "flow_sde", "eta": 0.7},
+        {"estimator": "diffusion_nft"},
+        {"estimator": "awm"},
+    ],
+    ids=str,
+)
+def test_the_reward_rises(make_trainer, settings):
     trainer = make_trainer(
-        max_steps=24, per_device_train_batch_size=16, num_generations=8, learning_rate=3e-3, dynamics=dynamics,
-        eta=eta, use_ema=False,
-    )  # fmt: skip
+        max_steps=24, per_device_train_batch_size=16, num_generations=8, learning_rate=3e-3, use_ema=False, **settings
+    )
     trained(trainer)
     rewards = logged(trainer, "reward")
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.02, rewards
@@ -195,6 +205,14 @@ def test_a_generation_without_differences_changes_nothing(make_trainer, capsys):
     assert "is 1 for all of 6 samples" in capsys.readouterr().err
 
 
+def test_a_shift_by_size(make_trainer):
+    """The schedule of rollouts is that of the pipeline for the size."""
+    trainer = trained(make_trainer(dynamic_shift=True, max_steps=1))
+    plain = trained(make_trainer("plain", max_steps=1))
+    assert trainer._generation["sigmas"][0] == 1
+    assert not torch.equal(trainer._generation["sigmas"], plain._generation["sigmas"])
+
+
 def test_the_same_seed_gives_the_same_weights(make_trainer):
     one, two = (trained(make_trainer(name)) for name in ("one", "two"))
     assert not differences(weights(one), weights(two))
@@ -213,7 +231,38 @@ def test_accumulation_equals_one_large_batch(make_trainer):
     assert apart < 0.01 * sum((one[n] - start[n]).abs().sum() for n in one)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"peft": True, "beta": 0.1}], ids=str)
+@pytest.mark.parametrize("estimator", ["diffusion_nft", "awm"])
+def test_old_velocities_are_those_of_the_model_that_drew(make_trainer, estimator):
+    """A generation trained on twice: the first time the loss is what it is without old ones kept."""
+    kept = make_trainer("kept", estimator=estimator, num_iterations=2, max_steps=1)
+    alone = make_trainer("alone", estimator=estimator, max_steps=1)
+    assert not kept._on_policy and alone._on_policy
+    trained(kept), trained(alone)
+    assert "old" in kept._generation["kept"] and "old" not in alone._generation["kept"]
+    one, two = weights(kept), weights(alone)
+    assert max((one[n] - two[n]).abs().max() for n in one) < 1e-6
+
+
+def test_matching_is_held_by_the_distance_to_the_start(make_trainer):
+    settings = {"estimator": "diffusion_nft", "max_steps": 6, "learning_rate": 3e-3}
+    free = trained(make_trainer("free", **settings))
+    held = trained(make_trainer("held", beta=1e3, **settings))
+    start = weights(make_trainer("start"))
+    distance = [sum((w[n] - start[n]).square().sum() for n in start) for w in (weights(free), weights(held))]
+    assert distance[1] < distance[0] and logged(held, "kl")[0] == 0 and logged(held, "kl")[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_iterations": 2},
+        {"peft": True, "beta": 0.1},
+        {"estimator": "diffusion_nft", "num_iterations": 2},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "dataset": MicroTasks(5, 5)},
+    ],
+    ids=str,
+)
 def test_a_stopped_run_equals_one_that_was_not(make_trainer, settings):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **settings}
     whole = trained(make_trainer("whole", **settings))

@@ -422,8 +422,8 @@ def test_a_compiled_run_is_the_plain_one_and_goes_on_without(make_trainer):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     saving = {"save_strategy": "steps", "save_steps": 2}
     plain, fast = trained(make_trainer("plain")), trained(make_trainer("fast", **compiled, **saving))
-    assert weights(plain).keys() == dict(fast._trained_model().named_parameters()).keys()
-    assert not differences(weights(plain), dict(fast._trained_model().named_parameters()))
+    assert weights(plain).keys() == dict(fast.trained_model().named_parameters()).keys()
+    assert not differences(weights(plain), dict(fast.trained_model().named_parameters()))
     resumed = make_trainer("fast")
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
     assert not differences(weights(plain), weights(resumed)) and not differences(averages(plain), averages(resumed))

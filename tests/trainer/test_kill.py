@@ -9,12 +9,27 @@ import sys
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 STEPS = 12
 
 
+REWARDED = {
+    "reward_funcs": ["tone.redness"], "num_generations": 2, "num_inference_steps": 3, "sde_window_size": 1,
+    "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 4, "logging_steps": 1, "preview_steps": 0,
+    "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "report_to": "none", "disable_tqdm": True,
+    "export_dtype": "float32", "use_cpu": True, "eval_n": 6, "eval_inference_steps": 2, "gate_steps": 1, "gate_n": 2,
+    "gate_action": "warn", "stages": [{"edit_ratio": 1.0, "max_steps": 4}, {"edit_ratio": 0.0, "max_steps": 4}],
+}  # fmt: skip
+
+
 def command(model, data, run):
+    if data is None:  # PDTR on the micro world
+        config = run.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump(REWARDED))
+        argv = [sys.executable, "-m", "unipic2.cli", "train", "pdtr", "--config", str(config), "--resume"]
+        return [*argv, "--model_name_or_path", str(model), "--output_dir", str(run)]
     argv = [sys.executable, "-m", "unipic2.cli", "train", "pretrain", "--model_name_or_path", str(model)]
     argv += ["--dataset_name", str(data), "--output_dir", str(run), "--resume", "--use_cpu", "--resolution", "64"]
     argv += f"--max_steps {STEPS} --per_device_train_batch_size 2 --learning_rate 1e-3 --seed 4".split()
@@ -71,6 +86,34 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, make_small_
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one), steps
     exported = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (whole / exported).read_bytes() == (killed / exported).read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_killed_pdtr_run_ends_where_an_uninterrupted_one_does(tmp_path, make_small_pipeline, tone):
+    """Killed while it draws the first pictures, within either stage, while it measures between them, and later."""
+    model, whole, killed = (tmp_path / name for name in ("model", "whole", "killed"))
+    make_small_pipeline().save_pretrained(model)
+    assert start(model, None, whole).wait(300) == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    for waits_for, seconds in (
+        ("measured/start.json", 0.3), ("stage-1/checkpoint-2", 0.02), ("stage-1/export/model_index.json", 0.0),
+        ("measured/1-edit.json", 0.1), ("stage-2/checkpoint-3", 0.05),
+    ):  # fmt: skip
+        process = start(model, None, killed)
+        while process.poll() is None and not (killed / waits_for).exists():
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, f"it was done before it was killed: {waits_for}"
+    assert start(model, None, killed).wait(300) == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    before = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
+    after = load_file(whole / "export/transformer/diffusion_pytorch_model.safetensors")
+    assert any((before[key] != after[key]).any() for key in before), "something was learned"
+    for exported in ("stage-1/export", "export"):
+        name = f"{exported}/transformer/diffusion_pytorch_model.safetensors"
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), exported
+    for name in ("interference.json", "stage-1/gate.json", "stage-2/gate.json"):
+        assert json.loads((whole / name).read_text()) == json.loads((killed / name).read_text()), name
 
 
 LIMITED = """

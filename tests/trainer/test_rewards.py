@@ -16,6 +16,7 @@ from unipic2.trainer.micro.world import render
 from unipic2.trainer.rewards import score
 from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft, micro_strict
+from unipic2.trainer.rewards.preservation import preservation
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
@@ -231,11 +232,13 @@ def test_requests_at_a_time_are_limited(server):
     assert server.most_at_a_time == 3 and len(server.requests) == 12
 
 
-def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server):
+def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server, capsys):
     server.behave = lambda number, request: (500, b"")
     values, judge = judged(server, 10, max_retries=0, concurrency=1, max_failures=3, cooldown=0.4)
     assert values == [None] * 10 and len(server.requests) == 3
     assert judge.failures == {"status 500": 3, "server left alone": 17}
+    told = "20 questions without an answer (server left alone 17, status 500 3)"
+    assert told in capsys.readouterr().err
 
     def again():
         return asyncio.run(judge(["x"] * 3, [PICTURE] * 3, source_image=[PICTURE] * 3))
@@ -273,3 +276,17 @@ def test_prompts_in_files_and_settings_that_cannot_be(tmp_path):
         EditJudge("http://x", "m", success_prompt=tmp_path / "none.txt")
     with pytest.raises(InputError, match="judge concurrency: found 0"):
         EditJudge("http://x", "m", concurrency=0)
+
+
+# Preservation
+
+
+def test_preservation_is_the_share_of_pixels_that_were_left():
+    source = Image.new("RGB", (40, 40), "white")
+    half = source.copy()
+    half.paste((255, 0, 0), (0, 0, 20, 40))
+    faint = Image.new("RGB", (40, 40), (227, 255, 255))
+    images = [source, half, faint, Image.new("RGB", (40, 40), (250, 250, 250)), half]
+    found = preservation(["p"] * 5, images, source_image=[source] * 4 + [None])
+    assert found[:2] == [1.0, 0.5] and found[2] == pytest.approx(0.5) and found[3:] == [1.0, None]
+    assert preservation(["p"], [source.resize((20, 20))], source_image=[source]) == [1.0]

@@ -74,7 +74,7 @@ def test_what_is_wrong_is_said_before_the_first_stage(config, tmp_path, stages, 
 
 
 def test_no_stages_with_lora(config):
-    with pytest.raises(InputError, match="stages: found use_peft too"):
+    with pytest.raises(InputError, match=r"stages\[0\]: use_peft: found true"):
         main(config([{"max_steps": 1}], use_peft=True))
 
 

@@ -42,8 +42,8 @@ class Columns:
 
     prompt: str
     """Text, or a list of texts, of which the last is used."""
-    target: str
-    """The picture to learn."""
+    target: str | None
+    """The picture to learn; None where none is needed."""
     source: str | None = None
     """The picture that an edit starts from; None where all rows are text-to-image."""
     mask: str | None = None
@@ -56,8 +56,8 @@ class Pair:
 
     prompt: str
     """The caption, or the instruction of an edit."""
-    target: Image.Image
-    """8-bit RGB."""
+    target: Image.Image | None
+    """8-bit RGB; None where none is needed."""
     source: Image.Image | None
     """8-bit RGB; None for text-to-image."""
     mask: Image.Image | None = None
@@ -92,8 +92,11 @@ class Source:
         )
 
 
-def find_columns(names: Iterable[str], what: str, **given: str | None) -> Columns:
+def find_columns(names: Iterable[str], what: str, needs_target: bool = True, **given: str | None) -> Columns:
     """Tell the columns apart by their names; `given` (`prompt=`, `target=`, `source=`, `mask=`) goes first.
+
+    Without `needs_target` the picture to learn may be missing and is not read; a lone `image` is still taken for it,
+    not for a source.
 
     Raises:
         InputError: a given column does not exist, or there is no prompt or no picture.
@@ -111,24 +114,33 @@ def find_columns(names: Iterable[str], what: str, **given: str | None) -> Column
         return given.get(role) or next((alias for alias in aliases if alias in names), None)
 
     target = first("target", TARGET_COLUMNS)
-    source = first("source", SOURCE_COLUMNS) if target is not None else given.get("source")
+    unmistakable = SOURCE_COLUMNS if target is not None else () if needs_target else SOURCE_COLUMNS[:-1]
+    source = first("source", unmistakable)
     target = target or first("target", PICTURE_COLUMNS)
     prompt = first("prompt", PROMPT_COLUMNS)
     for role, name, aliases in (
         ("prompt", prompt, PROMPT_COLUMNS),
         ("target", target, (*TARGET_COLUMNS, *PICTURE_COLUMNS)),
     ):
-        if name is None:
+        if name is None and (needs_target or role == "prompt"):
             raise InputError(
                 f"columns of {what}",
                 found=", ".join(names),
                 expected=f"a {role}: {', '.join(aliases)}",
                 remedy=f"Name the column with {role}_column.",
             )
+    if not needs_target:
+        return Columns(prompt, None, source)
     return Columns(prompt, target, None if source == target else source, first("mask", MASK_COLUMNS))
 
 
-def open_source(name: str, image_root: str | None = None, split: str = "train", **columns: str | None) -> Source:
+def open_source(
+    name: str,
+    image_root: str | None = None,
+    split: str = "train",
+    needs_target: bool = True,
+    **columns: str | None,
+) -> Source:
     """Open a dataset without decoding its pictures.
 
     Args:
@@ -136,6 +148,7 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
             hub. No code of a dataset is ever run.
         image_root: folder that picture paths in rows start from; default the folder of the file.
         split: which split to read where there are several.
+        needs_target: False where there need be no picture to learn.
         columns: overrides for `find_columns`.
 
     Raises:
@@ -152,7 +165,8 @@ def open_source(name: str, image_root: str | None = None, split: str = "train", 
     if not len(rows):
         raise InputError(f"dataset {name}", found="no rows", expected="at least one")
     rows = rows.cast(datasets.Features({n: _undecoded(f) for n, f in rows.features.items()}))
-    return Source(name, rows, find_columns(rows.column_names, name, **columns), find_root(name, image_root))
+    found = find_columns(rows.column_names, name, needs_target, **columns)
+    return Source(name, rows, found, find_root(name, image_root))
 
 
 @contextmanager
@@ -182,7 +196,7 @@ def find_root(name: str, image_root: str | None) -> Path:
 
 def open_sources(names: list[str], image_root: str | None, split: str, settings, open_one=open_source) -> list:
     """Open datasets with `settings.prompt_column`, `settings.target_column`, ... as overrides; see `open_source`."""
-    columns = {role: getattr(settings, f"{role}_column") for role in ROLES}
+    columns = {role: getattr(settings, f"{role}_column", None) for role in ROLES}
     return [open_one(name, image_root, split, **columns) for name in names]
 
 
@@ -296,8 +310,8 @@ def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
         BrokenRow: no prompt, a picture that is missing or cannot be read, several sources, or no target.
     """
     prompt = read_prompt(row, columns)
-    target = _open(row[columns.target], columns.target, root)
-    if target is None:
+    target = _open(row[columns.target], columns.target, root) if columns.target else None
+    if target is None and columns.target:
         raise BrokenRow(f"no picture in {columns.target}")
     source = _open(row[columns.source], columns.source, root) if columns.source else None
     mask = _open(row[columns.mask], columns.mask, root) if columns.mask else None
@@ -308,20 +322,20 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
     """Read a row's headers only.
 
     Returns:
-        `width` and `height` of the target as it is shown, `is_edit`, `source_id` (same source picture, same number;
+        `width` and `height` of the target as it is shown (where none is needed, of the source, or 1 and 1),
+        `is_edit`, `source_id` (same source picture, same number;
         for text-to-image by the prompt), `prompt`, `key` (a digest of text and pictures; of files their names, sizes
         and times), `error` ("" or the reason why the row is broken).
     """
     result = {"width": 0, "height": 0, "is_edit": False, "source_id": 0, "prompt": "", "key": "", "error": ""}
     try:
         prompt = read_prompt(row, columns)
-        target = picture_of(row[columns.target], columns.target, root)
-        if target is None:
+        target = picture_of(row[columns.target], columns.target, root) if columns.target else None
+        if target is None and columns.target:
             raise BrokenRow(f"no picture in {columns.target}")
-        result["width"], result["height"] = _size(*target)
         source = picture_of(row[columns.source], columns.source, root) if columns.source else None
-        if source is not None:
-            _size(*source)
+        sizes = [_size(*picture) for picture in (target, source) if picture is not None]
+        result["width"], result["height"] = sizes[0] if sizes else (1, 1)
         mask = picture_of(row[columns.mask], columns.mask, root) if columns.mask else None
         pictures = [b"" if place is None else _identity(place[0]) for place in (target, source, mask)]
         same = prompt.encode() if source is None else pictures[1]

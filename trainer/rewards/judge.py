@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -99,7 +100,13 @@ class EditJudge:
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         async with httpx.AsyncClient(timeout=self.timeout, headers=self.headers, limits=limits) as client:
             samples = zip(prompts, images, source_image, strict=True)
-            return await asyncio.gather(*(self._judge(client, slots, *sample) for sample in samples))
+            before = self.failures.copy()
+            scores = await asyncio.gather(*(self._judge(client, slots, *sample) for sample in samples))
+        new = self.failures - before
+        if new:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in new.most_common())
+            sys.stderr.write(f"edit_judge at {self.url}: {new.total()} questions without an answer ({reasons})\n")
+        return scores
 
     async def _judge(self, client, slots, prompt: str, image: Image.Image, source: Image.Image | None) -> float | None:
         if source is None:

@@ -1,0 +1,79 @@
+"""The interference matrix: intervals, paired differences, negative transfer."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from unipic2.trainer.held_out import Measurement
+from unipic2.trainer.interference import has_fallen, matrix, paired_difference, share_interval, write_matrix
+
+
+def measured(strict, kinds=None):
+    strict = np.array(strict, dtype=np.float64)
+    return Measurement(kinds or ["a"] * len(strict), strict, (1 + strict) / 2)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 20), (7, 20), (20, 20), (512, 1024)])
+def test_shares_have_wilsons_interval(right, n):
+    expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    found = share_interval(np.arange(n) < right)
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_differences_are_paired():
+    """Two measurings that agree on most samples differ with far less doubt than two of other samples would."""
+    rng = np.random.default_rng(0)
+    before = (rng.random(500) < 0.5).astype(float)
+    after = before.copy()
+    after[np.flatnonzero(before == 0)[:20]] = 1
+    difference, (low, high) = paired_difference(before, after)
+    assert difference == pytest.approx(0.04) and 0 < low < difference < high < 0.07
+    t = stats.ttest_rel(after, before).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((t.low, t.high), abs=1e-3)
+    with pytest.raises(ValueError, match="expected the same"):
+        paired_difference(before, after[:-1])
+
+
+def test_what_is_not_known_of_both_is_left_out():
+    before, after = np.array([1, 1, 0, np.nan, 1.0]), np.array([1, np.nan, 1, 0, 1.0])
+    assert paired_difference(before, after)[0] == pytest.approx(1 / 3)
+    assert share_interval(before) == share_interval(np.array([1, 1, 0, 1.0]))
+    assert not has_fallen(np.array([1.0, np.nan]), np.array([0.0, 0.0]), 0.02), "of one pair nothing is known"
+    one = Measurement(["a", "b"], np.array([1, np.nan]), np.array([0.7, np.nan]))
+    again = Measurement.from_json(json.loads(json.dumps(one.to_json())))
+    assert again.mean() == 1 and np.isnan(again.strict[1])
+    found = matrix({"start": {"edit": one}}, 0.02)["start"]["edit"]
+    assert found["n"] == 1 and found["kinds"] == {"a": 1.0, "b": None}
+
+
+def test_a_fall_counts_when_it_is_large_and_no_chance():
+    before = np.ones(400)
+    slightly, clearly = before.copy(), before.copy()
+    slightly[:4], clearly[:40] = 0, 0
+    assert not has_fallen(before, slightly, 0.02) and has_fallen(before, clearly, 0.02)
+    assert not has_fallen(clearly, before, 0.02), "a rise is none"
+    few = np.ones(10)
+    few[0] = 0
+    assert not has_fallen(np.ones(10), few, 0.02), "one of ten may be chance"
+
+
+def test_the_matrix_says_what_each_stage_did(tmp_path):
+    start = {"t2i": measured([1, 0] * 50, ["x", "y"] * 50), "edit": measured([1] * 100)}
+    edit = {"t2i": measured([1, 0] * 50, ["x", "y"] * 50), "edit": measured([1] * 100)}
+    t2i = {"t2i": measured([1, 1] * 50, ["x", "y"] * 50), "edit": measured([1] * 60 + [0] * 40)}
+    found = matrix({"start": start, "1-edit": edit, "2-t2i": t2i}, max_drop=0.02)
+    assert "change" not in found["start"]["t2i"] and found["start"]["t2i"]["kinds"] == {"x": 1.0, "y": 0.0}
+    assert found["1-edit"]["t2i"]["change"] == {"difference": 0, "interval": [0, 0], "negative_transfer": False}
+    last = found["2-t2i"]
+    assert last["t2i"]["strict"] == 1 and last["t2i"]["change"]["difference"] == 0.5
+    assert last["edit"]["change"]["negative_transfer"] and last["edit"]["change"]["difference"] == -0.4
+    assert last["edit"]["n"] == 100 and last["edit"]["soft"] == 0.8
+    write_matrix(tmp_path / "interference.json", found)
+    assert json.loads((tmp_path / "interference.json").read_text()) == found
+
+
+def test_measurements_survive_json():
+    one = measured([1, 0, 1], ["a", "b", "a"])
+    two = Measurement.from_json(json.loads(json.dumps(one.to_json())))
+    assert two.kinds == one.kinds and (two.strict == one.strict).all() and (two.soft == one.soft).all()

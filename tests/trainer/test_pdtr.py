@@ -1,0 +1,238 @@
+"""`train grpo` and `train pdtr`: settings, own data, stages, measuring, reports, LoRA that goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from unipic2.core.errors import InputError
+from unipic2.trainer import grpo, pdtr
+from unipic2.trainer.cli import main
+from unipic2.trainer.stages import parse_stages
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def config(tmp_path, make_small_pipeline, tone):
+    """Return a function that writes a config and returns the flags."""
+    make_small_pipeline().save_pretrained(tmp_path / "model")
+
+    def write(**settings):
+        content = {
+            "model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"),
+            "dataset_name": "micro",
+            "reward_funcs": [tone, "micro_soft", "preservation"], "use_cpu": True, "max_steps": 2,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4, "num_generations": 2, "num_inference_steps": 3, "sde_window_size": 1,
+            "preview_steps": 2, "preview_inference_steps": 2, "report_to": "none", "disable_tqdm": True,
+            "save_steps": 2, "logging_steps": 1, "log_completions": True, "export_dtype": "float32", **settings,
+        }  # fmt: skip
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        return ["--config", str(tmp_path / "config.yaml")]
+
+    return write
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    """Return a jsonl with prompts and edits of two sizes, without pictures to learn, and a column of its own."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        row = {"prompt": f"a red circle {i}", "source_image": None, "tag": "counting"}
+        if i % 2:
+            size = (64, 64) if i % 4 == 1 else (96, 48)
+            Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / f"s{i}.png")
+            row |= {"source_image": f"s{i}.png", "tag": "recolor"}
+        rows.append(json.dumps(row))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    return tmp_path / "prompts.jsonl"
+
+
+STAGES = [{"edit_ratio": 1.0}, {"edit_ratio": 0.25, "reward_funcs": ["micro_strict", "tone.redness"]}]
+SMALL = {"eval_n": 6, "eval_inference_steps": 2, "gate_steps": 1, "gate_n": 2}
+
+
+# grpo
+
+
+def test_grpo_from_the_command_line(config, tmp_path, capfd):
+    assert main(["train", "grpo", *config()]) == 0
+    run = tmp_path / "run"
+    assert capfd.readouterr().out.endswith(f"{run / 'export'}\n")
+    before, after = load_file(tmp_path / "model" / WEIGHTS), load_file(run / "export" / WEIGHTS)
+    assert any((before[key] != after[key]).any() for key in before)
+    history = json.loads((run / "log_history.json").read_text())
+    assert "rewards/micro_soft/mean" in history[0] and history[0]["step"] == 1
+    report = (run / "report.html").read_text()
+    assert "Rewards" in report and "<h2>Samples</h2>" in report
+    assert Image.open(run / "completions/step_000000.png").width > 100
+    assert "reinforcement learning (flow_grpo)" in (run / "export/README.md").read_text()
+
+
+@pytest.mark.parametrize("estimator", ["diffusion_nft", "awm"])
+def test_other_estimators_by_name(config, tmp_path, estimator):
+    assert main(["train", "grpo", *config(estimator=estimator, preview_steps=0)]) == 0
+    assert estimator in (tmp_path / "run/export/README.md").read_text()
+
+
+def test_own_prompts_with_a_reward_of_ones_own(config, tmp_path, prompts_file, monkeypatch):
+    """Its function sees the data's other columns; sources have their bucket's size."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def brightness(prompts, images, source_image, tag, **columns):\n"
+        "    for image, source, kind in zip(images, source_image, tag):\n"
+        "        assert (source is None) == (kind == 'counting')\n"
+        "        assert source is None or source.size == image.size\n"
+        "    return [sum(image.resize((1, 1)).getpixel((0, 0))) / 765 for image in images]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset_name": str(prompts_file), "resolution": 64, "reward_funcs": "my_rewards.brightness"}
+    assert main(["train", "grpo", *config(**settings, max_steps=6, max_aspect=2.5, save_steps=6)]) == 0
+    history = json.loads((tmp_path / "run/log_history.json").read_text())
+    assert all(0 < entry["rewards/brightness/mean"] < 1 for entry in history if "reward" in entry)
+    assert (tmp_path / "run/previews/step_000002.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reward_funcs": []}, "reward_funcs: found none, expected one or more of micro_soft"),
+        ({"reward_funcs": ["micro_sfot"]}, "reward_funcs: found 'micro_sfot', expected one of micro_soft"),
+        ({"reward_funcs": ["nowhere.at_all"]}, "reward_funcs: found nowhere.at_all: No module"),
+        ({"reward_funcs": ["json.nothing"]}, "reward_funcs: found json.nothing: module 'json' has no"),
+        ({"reward_funcs": ["edit_judge"]}, "judge_base_url: found nothing"),
+        ({"reward_weights": [1.0]}, "reward_weights: found 1 for 3 rewards"),
+        ({"train_text_encoder": True}, "train_text_encoder: found true"),
+        ({"lora_name_or_path": "x"}, "lora_name_or_path: found no use_peft"),
+        ({"num_genrations": 4}, "Did you mean num_generations"),
+        ({"num_prompts": 0}, "num_prompts: found 0"),
+        ({"train_timesteps": 9, "estimator": "awm"}, "train_timesteps: found 9, expected at most"),
+        ({"nft_beta": 0.0}, "nft_beta: found 0"),
+        ({"eta": 0.0}, "eta: found 0"),
+        ({"sde_window_range": []}, "sde_window_range: found"),
+        ({"estimator": "awm", "epsilon_high": 0.1}, "epsilon_high: found 0.1 for awm"),
+    ],
+)
+def test_what_cannot_be_meant(config, settings, said):
+    with pytest.raises(InputError, match=said):
+        grpo.parse(config(**settings))
+
+
+@pytest.mark.parametrize("name", ["grpo_micro", "grpo_sd35m_lora", "pdtr_micro", "pdtr_sd35m_lora"])
+def test_ready_settings_can_be_read(name):
+    path = Path(grpo.__file__).parent / "configs" / f"{name}.yaml"
+    argv = ["--config", str(path), *(["--bf16", "false"] if "sd35m" in name else ["--model_name_or_path", "x"])]
+    if name.startswith("grpo"):
+        assert grpo.parse(argv)[1].num_generations == 12
+    else:
+        stages = parse_stages(argv, pdtr.parse, pdtr._OF_THE_RUN, lora_goes_on=True)
+        assert [pdtr.own_tasks(args) for _, args in stages] == [("edit",), ("t2i",)]
+
+
+def test_a_finished_run_trains_no_further(config, tmp_path):
+    """Also where its last step is within a pass over the data."""
+    argv = ["train", "grpo", *config(resume=True)]
+    assert main(argv) == 0
+    before = (tmp_path / "run/export" / WEIGHTS).read_bytes()
+    assert main(argv) == 0
+    assert (tmp_path / "run/export" / WEIGHTS).read_bytes() == before
+    assert not (tmp_path / "run/checkpoint-3").exists()
+
+
+def test_a_run_goes_on_only_as_itself(config, tmp_path):
+    assert main(["train", "grpo", *config()]) == 0
+    with pytest.raises(InputError, match="checkpoints of an earlier run"):
+        main(["train", "grpo", *config()])
+    with pytest.raises(InputError, match="estimator of a resumed run: found awm"):
+        main(["train", "grpo", *config(resume=True, estimator="awm", max_steps=4)])
+
+
+# pdtr
+
+
+def test_pdtr_measures_both_tasks_around_each_stage(config, tmp_path, capfd):
+    argv = ["train", "pdtr", *config(stages=STAGES, resume=True, **SMALL)]
+    assert main(argv) == 0
+    run = tmp_path / "run"
+    out, err = capfd.readouterr()
+    assert out.endswith(f"{run / 'export'}\n") and "[gate] step 1:" in err
+    found = json.loads((run / "interference.json").read_text())
+    assert list(found) == ["start", "1-edit", "2-t2i"]
+    for stage, tasks in found.items():
+        assert list(tasks) == ["t2i", "edit"] and all(t["n"] == 6 and len(t["kinds"]) == 6 for t in tasks.values())
+        assert ("change" in tasks["t2i"]) == (stage != "start")
+    report = (run / "report.html").read_text()
+    for part in ("Interference", "Stage 1-edit", "Stage 2-t2i", "<svg", "Settings of 2-t2i", "Best and worst"):
+        assert part in report, part
+    assert report.count("data:image/png") == 5, "three sheets of measurings, one of samples for each stage"
+    card = (run / "export/README.md").read_text()
+    assert "PDTR" in card and "| 1-edit |" in card
+    kept = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    assert main(argv) == 0
+    err = capfd.readouterr().err
+    assert err.count("done before") == 2 and "[measuring]" not in err
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_lora_goes_on_from_stage_to_stage(config, tmp_path):
+    """And is measured with it: a second stage that learns nothing hands on what the first one learned."""
+    settings = {"use_peft": True, "lora_r": 2, "lora_alpha": 64, "learning_rate": 0.1, **SMALL, "gate_steps": 0}
+    stages = [{"edit_ratio": 1.0}, {"edit_ratio": 0.0, "learning_rate": 0.0}]
+    assert main(["train", "pdtr", *config(stages=stages, **settings)]) == 0
+    name = "pytorch_lora_weights.safetensors"
+    first, last = (load_file(tmp_path / "run" / folder / name) for folder in ("stage-1/export", "export"))
+    assert any(tensor.abs().max() > 0 for key, tensor in first.items() if "lora_B" in key)
+    assert first.keys() == last.keys() and all((first[key] == last[key]).all() for key in first)
+    start, found = (tmp_path / f"run/measured/{name}" for name in ("start.png", "1-edit.png"))
+    assert start.read_bytes() != found.read_bytes(), "drawn with the LoRA"
+    found = json.loads((tmp_path / "run/measured/1-edit.json").read_text())
+    assert found["tasks"] == json.loads((tmp_path / "run/measured/2-t2i.json").read_text())["tasks"]
+
+
+def test_what_was_measured_otherwise_is_measured_again(config, tmp_path, capfd):
+    settings = {"stages": [{"edit_ratio": 1.0}], "resume": True, **SMALL}
+    assert main(["train", "pdtr", *config(**settings)]) == 0
+    capfd.readouterr()
+    assert main(["train", "pdtr", *config(**settings | {"eval_n": 7})]) == 0
+    assert capfd.readouterr().err.count("7 of each task") == 2
+    found = json.loads((tmp_path / "run/interference.json").read_text())
+    assert found["start"]["t2i"]["n"] == found["1-edit"]["t2i"]["n"] == 7
+
+
+def test_a_lora_of_another_scale_is_not_taken(config, tmp_path):
+    assert main(["train", "grpo", *config(use_peft=True, lora_r=2, lora_alpha=4)]) == 0
+    start = {"use_peft": True, "lora_name_or_path": str(tmp_path / "run/export"), "output_dir": str(tmp_path / "two")}
+    assert main(["train", "grpo", *config(**start, lora_r=2, lora_alpha=4)]) == 0
+    for other in ({"lora_r": 2, "lora_alpha": 8}, {"lora_r": 4, "lora_alpha": 4}):
+        with pytest.raises(InputError, match="another rank, scale or other targets"):
+            main(["train", "grpo", *config(**start | {"output_dir": str(tmp_path / "three")}, **other)])
+
+
+def test_pdtr_on_own_data_measures_by_rewards(config, tmp_path, prompts_file):
+    settings = {"dataset_name": str(prompts_file), "eval_dataset_name": str(prompts_file), "resolution": 64}
+    settings |= {"reward_funcs": "preservation", "strict_reward": 0.2, "gate_action": "warn", "max_aspect": 2.5}
+    assert main(["train", "pdtr", *config(stages=[{"edit_ratio": 1.0}], **settings, **SMALL)]) == 0
+    found = json.loads((tmp_path / "run/interference.json").read_text())
+    assert found["start"]["edit"]["n"] == 6 and 0 < found["start"]["edit"]["soft"] < 1
+    assert found["start"]["edit"]["kinds"].keys() == {"recolor"} and "t2i" not in found["start"], "no reward is for it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "stages: found none, expected a list"),
+        ({"stages": [{"eval_n": 3}]}, r"stages\[0\]: found eval_n"),
+        ({"stages": [{"gate_action": "hope"}]}, r"stages\[0\]: gate_action: found 'hope'"),
+        ({"stages": [{"gate_max_drop": 2}]}, r"stages\[0\]: gate_max_drop: found 2"),
+        ({"stages": [{"gate_target": 85}]}, r"stages\[0\]: gate_target: found 85"),
+        ({"stages": [{"lora_r": 8}]}, r"stages\[0\]: found lora_r"),
+        ({"stages": STAGES, "dataset_name": "some.jsonl"}, "eval_dataset_name: found nothing"),
+    ],
+)
+def test_stages_that_cannot_be_meant(config, settings, said):
+    with pytest.raises(InputError, match=said):
+        pdtr.main(config(**settings))

@@ -1,0 +1,26 @@
+"""Rows for reinforcement learning from one's own data: prompts, and for edits the pictures they start from."""
+
+from PIL import Image, ImageOps
+
+from .pairs import PairDataset
+from .sources import read_pair
+
+
+class PromptDataset(PairDataset):
+    """Rows for `FlowGRPOTrainer`: `prompt`, `size`, for edits `source_image`, and the data's other columns as is.
+
+    Sources are opened with `needs_target=False`. A source is scaled to cover its bucket and centre cropped; prompts
+    without one are drawn square. Broken rows, arguments and errors are those of `PairDataset`.
+    """
+
+    def read(self, index: int) -> dict:
+        """Return a row. Raises BrokenRow where it cannot be read."""
+        number, place = self.places[index]
+        source, size = self.sources[number], self.buckets[index]
+        row = source.rows[place]
+        pair = read_pair(row, source.columns, source.root)
+        others = {k: v for k, v in row.items() if k not in (source.columns.prompt, source.columns.source)}
+        found = {**others, "prompt": pair.prompt, "size": size}
+        if pair.source is None:
+            return found
+        return {**found, "source_image": ImageOps.fit(pair.source, size, Image.Resampling.BICUBIC)}

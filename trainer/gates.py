@@ -1,0 +1,134 @@
+"""The gate of a stage: both tasks are looked at while it trains, so that neither falls for the other's sake."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from ..core.checkpoint import save_tensors
+from ..core.files import write_file
+from .held_out import HeldOut, Measurement
+from .interference import has_fallen
+
+GATE_ACTIONS = ("rollback", "stop", "warn")
+_LOOKS, _BEST = "gate.json", "gate-best-{}.safetensors"
+
+
+class GateCallback(TrainerCallback):
+    """Looks at both tasks every `steps` optimizer steps, with the averaged weights.
+
+    A stage ends when its own tasks reach `target`, or when a task has fallen since the stage began by more than
+    `max_drop` and not by chance (`interference.has_fallen`): `stop` keeps the weights, `rollback` goes back to the
+    best that were looked at, `warn` goes on. Looks are kept in `output_dir/gate.json`: a resumed run decides as if
+    never stopped.
+
+    Args:
+        trainer: a `KontextTrainer`.
+        held_out: how to measure; preferably on other samples than in the end, as this takes part in training.
+        own: names of the tasks that the stage trains for.
+        steps, max_drop, target, action: see above; `target` None is none.
+    """
+
+    def __init__(
+        self,
+        trainer,
+        held_out: HeldOut,
+        own: tuple[str, ...],
+        steps: int,
+        max_drop: float,
+        target: float | None,
+        action: str,
+    ):
+        self.trainer, self.held_out, self.own, self.steps = trainer, held_out, own, steps
+        self.max_drop, self.target, self.action = max_drop, target, action
+        self.folder = Path(trainer.args.output_dir)
+        self.looks: list[dict] = []
+        self.fell, self.best = False, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = self.folder / _LOOKS
+        if state.global_step and path.is_file():
+            looks = json.loads(path.read_text(encoding="utf-8"))
+            self.looks = [look for look in looks if look["step"] <= state.global_step]
+        if not self.looks:
+            self._look(state.global_step)
+        elif self.looks[-1]["step"] == state.global_step and self.looks[-1]["ends"]:
+            # Killed after the decision, before the export.
+            self.fell, self.best = bool(self.looks[-1]["fell"]), self._best()["step"]
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            control.should_training_stop |= self._look(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps and not control.should_training_stop:
+            self._look(state.global_step)
+        if self.fell and self.action == "rollback":
+            self.trainer.restore(load_file(self.folder / _BEST.format(self.best)))
+            if self.trainer.is_world_process_zero():
+                self._say(f"back to the weights of step {self.best}")
+
+    def _best(self) -> dict | None:
+        """Return the look with the best score, the first of equals, of those where no task had fallen."""
+        good = [look for look in self.looks if not look["fell"]]
+        return max(good, key=lambda look: (look["score"], -look["step"]), default=None)
+
+    def _look(self, step: int) -> bool:
+        """Measure, in the first process; returns, in all of them, whether the stage ends."""
+        found = [False, False, 0]
+        if self.trainer.is_world_process_zero():
+            found = [*self._decide(step), self._best()["step"]]
+        if self.trainer.args.world_size > 1:
+            broadcast_object_list(found)
+        ends, self.fell, self.best = found
+        return ends
+
+    def _decide(self, step: int) -> tuple[bool, bool]:
+        with self.trainer.drawing() as pipeline:
+            measured, _ = self.held_out(pipeline)
+        shares = {task: round(now.mean(), 4) for task, now in measured.items()}
+        own = [measured[task].mean() for task in self.own if task in measured]
+        score = sum(own) / len(own) if own else 0.0
+        first = self._baseline() or measured
+        fallen = [
+            task for task, now in measured.items()
+            if task in first and has_fallen(first[task].strict, now.strict, self.max_drop)
+        ]  # fmt: skip
+        best = self._best()
+        reached = self.target is not None and score >= self.target and step > 0
+        ends = reached or (bool(fallen) and self.action != "warn")
+        look = {"step": step, "score": score, "fell": fallen, "ends": ends, **shares}
+        if not self.looks:
+            look["measured"] = {task: now.to_json() for task, now in measured.items()}
+        self.looks.append(look)
+        if not fallen and (best is None or score > best["score"]):
+            self._keep(step)
+        write_file(self.folder / _LOOKS, json.dumps(self.looks))
+        self._say(f"step {step}: " + ", ".join(f"{task} {share:.3f}" for task, share in shares.items()))
+        for task in fallen:
+            self._say(f"negative transfer: {task} fell from {first[task].mean():.3f} to {shares[task]:.3f}")
+        if reached:
+            self._say(f"the stage's target of {self.target} is reached")
+        return ends, bool(fallen)
+
+    def _baseline(self) -> dict[str, Measurement] | None:
+        if not self.looks:
+            return None
+        return {task: Measurement.from_json(kept) for task, kept in self.looks[0]["measured"].items()}
+
+    def _keep(self, step: int) -> None:
+        """Keep the averaged weights of this look, and no others."""
+        path = self.folder / _BEST.format(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.trainer.averaged_weights():
+            save_tensors(self.trainer.trained_weights(), path)
+        for other in self.folder.glob(_BEST.format("*")):
+            if other != path:
+                other.unlink()
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"[gate] {text}\n")

@@ -1,0 +1,159 @@
+"""Held-out prompts and edits, drawn with the same noise each time a model is measured."""
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data.prompts import PromptDataset
+from .micro.evaluate import evaluate
+from .micro.sheet import result_sheet
+from .rewards import RewardFunction, score
+from .sheets import Cell, contact_sheet, stack
+
+TASKS = ("t2i", "edit")
+_SHOWN = {"t2i": 24, "edit": 12}  # cells of a sheet
+_THUMBNAIL = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One task, sample by sample, in the same order each time. Example: `HeldOut(...)(pipeline)[0]["t2i"]`."""
+
+    kinds: list[str]
+    """N kinds of prompts or edits; "" where the data has none."""
+    strict: np.ndarray
+    """(N,) float64: 1 where everything asked is there and nothing else, else 0; nan where it could not be judged."""
+    soft: np.ndarray
+    """(N,) float64: how much of it is there, 0 to 1, or the mean reward; nan where there was none."""
+
+    def mean(self) -> float:
+        """Return the strict accuracy of what could be judged, 0 to 1; nan where nothing could."""
+        return float(np.nanmean(self.strict)) if not np.isnan(self.strict).all() else float("nan")
+
+    def to_json(self) -> dict:
+        """Return plain lists, with null for nan."""
+        parts = {"strict": self.strict, "soft": self.soft}
+        lists = {name: [None if math.isnan(v) else v for v in part.tolist()] for name, part in parts.items()}
+        return {"kinds": self.kinds, **lists}
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Measurement":
+        """Return what `to_json` was called on."""
+        parts = (np.array(content[name], dtype=np.float64) for name in ("strict", "soft"))
+        return cls(content["kinds"], *parts)
+
+
+HeldOut = Callable[..., tuple[dict[str, Measurement], Image.Image]]
+"""`held_out(pipeline)` draws and judges; returns the measurement of each task and a sheet of the first pictures."""
+
+
+def micro_held_out(count: int, seed: int, **sampling) -> HeldOut:
+    """Return a measuring of `count` prompts and as many edits of the micro world, judged by the verifier."""
+
+    def measure(pipeline) -> tuple[dict[str, Measurement], Image.Image]:
+        _, drawn = evaluate(pipeline, count, seed, **sampling)
+        found = {
+            name: Measurement(
+                [task.kind for task in tasks],
+                np.array([float(v.strict) for v in verdicts]),
+                np.array([v.soft for v in verdicts]),
+            )
+            for name, (tasks, _, verdicts) in drawn.items()
+        }
+        return found, result_sheet({name: [part[: _SHOWN[name]] for part in parts] for name, parts in drawn.items()})
+
+    return measure
+
+
+def reward_held_out(
+    rows: PromptDataset,
+    rewards: list[RewardFunction],
+    weights: list[float] | None,
+    strict_reward: float,
+    count: int,
+    seed: int,
+    without: int = 0,
+    batch_size: int = 8,
+    **sampling,
+) -> HeldOut:
+    """Return a measuring by rewards: soft is their weighted mean, strict that it is at least `strict_reward`.
+
+    Up to `count` rows of each task are taken, evenly spread over the data, but for those that another measuring of
+    `without` rows takes, where there are enough others. A task that no reward is for is left out.
+    """
+    chosen: dict[str, list[int]] = {}
+    for task in TASKS:
+        indices = [i for i, edit in enumerate(rows.is_edit) if edit == (task == "edit")]
+        taken = set(_spread(indices, without))
+        others = [i for i in indices if i not in taken]
+        chosen[task] = _spread(others if len(others) >= count else indices, count)
+
+    def measure(pipeline) -> tuple[dict[str, Measurement], Image.Image]:
+        pipeline.set_progress_bar_config(disable=True)
+        found, sheets = {}, []
+        for task, indices in chosen.items():
+            if not indices:
+                continue
+            samples = [rows[i] for i in indices]
+            images = _draw(pipeline, samples, seed, batch_size, sampling)
+            names = dict.fromkeys(
+                n for s in samples for n in s if n not in ("prompt", "size", "source_image", "broken")
+            )
+            columns = {name: [s.get(name) for s in samples] for name in names}
+            columns["source_image"] = [s.get("source_image") for s in samples]
+            scores = asyncio.run(score(rewards, [s["prompt"] for s in samples], images, columns)).rewards
+            share = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64).expand_as(scores)
+            known = ~scores.isnan()
+            soft = ((scores.nan_to_num() * share).sum(1) / (known * share.abs()).sum(1)).numpy()
+            if np.isnan(soft).all():  # no reward is for this task
+                continue
+            strict = np.where(np.isnan(soft), np.nan, soft >= strict_reward)
+            found[task] = Measurement([str(s.get("kind") or s.get("tag") or "") for s in samples], strict, soft)
+            sheets.append(_sheet(samples, images, strict, _SHOWN[task]))
+        return found, stack(sheets) if sheets else Image.new("RGB", (1, 1), "white")
+
+    return measure
+
+
+def _spread(indices: list[int], count: int) -> list[int]:
+    """Return up to `count` of them, evenly spread."""
+    count = min(count, len(indices))
+    return [indices[i * len(indices) // count] for i in range(count)]
+
+
+def _draw(pipeline, samples: list[dict], seed: int, batch_size: int, sampling: dict) -> list[Image.Image]:
+    """Return a picture of each sample; batches have one size, noise is each sample's own."""
+    by_size = defaultdict(list)
+    for place, sample in enumerate(samples):
+        by_size[sample["size"]].append(place)
+    images: list[Image.Image | None] = [None] * len(samples)
+    for (width, height), places in by_size.items():
+        for start in range(0, len(places), batch_size):
+            part = places[start : start + batch_size]
+            sources = [samples[i]["source_image"] for i in part if "source_image" in samples[i]]
+            drawn = pipeline(
+                [samples[i]["prompt"] for i in part],
+                image=sources or None,
+                height=height,
+                width=width,
+                generator=[torch.Generator().manual_seed(seed + i) for i in part],
+                **sampling,
+            ).images
+            for i, image in zip(part, drawn, strict=True):
+                images[i] = image
+    return images
+
+
+def _sheet(samples: list[dict], images: list[Image.Image], strict: np.ndarray, limit: int) -> Image.Image:
+    cells = []
+    for sample, image, passed in list(zip(samples, images, strict, strict=True))[:limit]:
+        shown = [sample["source_image"], image] if "source_image" in sample else [image]
+        small = [picture.resize((_THUMBNAIL, _THUMBNAIL)) for picture in shown]
+        cells.append(Cell(sample["prompt"], small, None if math.isnan(passed) else bool(passed)))
+    return contact_sheet(cells, columns=6 if len(cells[0].images) == 1 else 3, scale=1)

@@ -1,0 +1,78 @@
+"""CLIP as a reward and as a judge of colours."""
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from ...core.errors import InputError
+
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+
+
+class Clip:
+    """CLIP's picture and text directions.
+
+    Args:
+        model: hub repository or folder; its weights must be safetensors.
+        device: where it runs, such as `cuda`.
+        batch_size: pictures at a time.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+
+    def __init__(self, model: str = DEFAULT_CLIP, device: str | torch.device = "cpu", batch_size: int = 16):
+        self.batch_size, self.device = batch_size, device
+        try:
+            self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False).to(device)
+            self.processor, self.tokenizer = (
+                CLIPImageProcessorPil.from_pretrained(model),
+                AutoTokenizer.from_pretrained(model),
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"CLIP {model}", found=" ".join(str(error).split())[:300], expected="a CLIP model"
+            ) from error
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Return the directions (N, D) of texts, of length 1."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        hidden = self.model.text_model(**tokens).pooler_output
+        return torch.nn.functional.normalize(self.model.text_projection(hidden).float(), dim=-1)
+
+    @torch.no_grad()
+    def images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the directions (N, D) of pictures, of length 1."""
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            part = [image.convert("RGB") for image in images[start : start + self.batch_size]]
+            pixels = self.processor(part, return_tensors="pt").pixel_values.to(self.device)
+            parts.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output).float())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+class ClipScore:
+    """Reward function: the cosine of picture and prompt, -1 to 1 (CLIPScore, arXiv 2104.08718, without its factor).
+
+    Edits get None: their prompt is an instruction, not a description.
+
+    Args:
+        model, device: as for `Clip`.
+    """
+
+    __name__ = "clip_score"
+
+    def __init__(self, model: str = DEFAULT_CLIP, device: str | torch.device = "cpu"):
+        self.clip = Clip(model, device)
+
+    def __call__(self, prompts, images, source_image, **columns) -> list[float | None]:
+        """Return the cosine for each sample without a source picture, else None."""
+        chosen = [i for i, source in enumerate(source_image) if source is None]
+        found: list[float | None] = [None] * len(prompts)
+        if chosen:
+            pictures = self.clip.images([images[i] for i in chosen])
+            cosines = (pictures * self.clip.texts([prompts[i] for i in chosen])).sum(dim=1)
+            for i, cosine in zip(chosen, cosines.tolist(), strict=True):
+                found[i] = cosine
+        return found

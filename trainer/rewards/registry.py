@@ -1,0 +1,98 @@
+"""Rewards by name, as settings give them: shipped ones, and functions of one's own."""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from ...core.errors import InputError
+from . import RewardFunction
+from .clip import DEFAULT_CLIP, Clip, ClipScore
+from .geneval import DEFAULT_DETECTOR, GenEval, Mask2Former
+from .judge import EditJudge
+from .micro import micro_soft, micro_strict
+from .preservation import preservation
+
+_PLAIN = {"micro_soft": micro_soft, "micro_strict": micro_strict, "preservation": preservation}
+SHIPPED = (*_PLAIN, "edit_judge", "geneval", "geneval_strict", "clip_score")
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded, and the models that some rewards need."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Rewards, one or more: {', '.join(SHIPPED)}, or module.function of your own. reward_weights has "
+            "one number for each."
+        },
+    )
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "edit_judge: OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "edit_judge: the model's name there; OPENAI_API_KEY in the environment is its key."},
+    )
+    detector_name_or_path: str = field(
+        default=DEFAULT_DETECTOR, metadata={"help": "geneval: Mask2Former model, a hub repository or a folder."}
+    )
+    clip_name_or_path: str = field(
+        default=DEFAULT_CLIP, metadata={"help": "geneval, clip_score: CLIP model, a hub repository or a folder."}
+    )
+
+    def check_rewards(self) -> None:
+        """Raise InputError for no or unknown rewards, or a judge without an address; loads no model."""
+        if not self.reward_funcs:
+            expected = f"one or more of {', '.join(SHIPPED)}, or module.function"
+            raise InputError("reward_funcs", found="none", expected=expected)
+        for name in self.reward_funcs:
+            if name not in SHIPPED:
+                _imported(name)
+        if "edit_judge" in self.reward_funcs:
+            for name in ("judge_base_url", "judge_model"):
+                if not getattr(self, name):
+                    expected = "where the judge answers, and its name there (judge_base_url, judge_model)"
+                    raise InputError(name, found="nothing", expected=expected)
+
+    def load_rewards(self, device: torch.device) -> list[RewardFunction]:
+        """Return the reward functions, their models on `device`.
+
+        Raises:
+            InputError: see `check_rewards`, or a model that cannot be loaded.
+        """
+        self.check_rewards()
+        return [self._load(name, device) for name in self.reward_funcs]
+
+    def _load(self, name: str, device: torch.device) -> RewardFunction:
+        if name in _PLAIN:
+            return _PLAIN[name]
+        if name == "edit_judge":
+            return EditJudge(self.judge_base_url, self.judge_model, api_key=os.environ.get("OPENAI_API_KEY"))
+        if name == "clip_score":
+            return ClipScore(self.clip_name_or_path, device)
+        if name in ("geneval", "geneval_strict"):
+            detector = Mask2Former(self.detector_name_or_path, device)
+            return GenEval(detector, Clip(self.clip_name_or_path, device), strict=name == "geneval_strict")
+        return _imported(name)
+
+
+def _imported(name: str) -> RewardFunction:
+    """Return a function of the user's own, from an installed module or one in the folder where training is started."""
+    module, _, function = name.rpartition(".")
+    if not module:
+        expected = f"one of {', '.join(SHIPPED)}, or module.function of your own"
+        raise InputError("reward_funcs", found=repr(name), expected=expected)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        found, expected = f"{name}: {error}", "a function that can be imported"
+        raise InputError("reward_funcs", found=found, expected=expected) from None
+    if not callable(found):
+        raise InputError("reward_funcs", found=f"{name}, a {type(found).__name__}", expected="a function")
+    return found

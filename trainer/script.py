@@ -1,0 +1,201 @@
+"""What the training commands share: the model and its data as settings, LoRA, and how runs go on."""
+
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from trl import TrlParser
+
+from ..core.errors import InputError, check_share
+from ..core.files import check_replaceable, write_file
+from .adapters import lora_config
+from .hub import push, repository_name
+from .kontext_config import KontextConfig
+from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .kontext_trainer import last_checkpoint
+from .stages import read_config
+
+MICRO = "micro"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_IDENTITY = "run.json"
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained and on what."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Pipeline to start from: a folder in the published layout, or a hub repository."}
+    )
+    dataset_name: list[str] = field(
+        default_factory=lambda: [MICRO],
+        metadata={
+            "help": "Training data, one or more: .jsonl, .json, .parquet, .tar (webdataset) files, folders of them or "
+            "of pictures, hub names. Text-to-image and edits may be in different ones. `micro` draws the micro world."
+        },
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that picture paths in rows start from; default the file's own folder."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to read where there are several."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the text; default by usual names."})
+    source_column: str | None = field(default=None, metadata={"help": "Column of the picture an edit starts from."})
+    resolution: int = field(
+        default=512, metadata={"help": "Size of training pictures in pixels, a multiple of 32; see bucket_mode."}
+    )
+    bucket_mode: str = field(
+        default="area",
+        metadata={"help": "area: buckets of about resolution squared pixels. longer_edge: its longer edge."},
+    )
+    max_aspect: float = field(default=2.0, metadata={"help": "Longer to shorter edge of a bucket, at most."})
+    max_broken: float = field(
+        default=0.01, metadata={"help": "Share of rows, 0 to 1, that may be broken; above it training stops."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRAs instead of the transformer's own weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates count alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that LoRAs do not see, 0 to below 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["attention"],
+        metadata={"help": "attention (joint and dual), ff, or names of modules such as attn2.to_q."},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last whole checkpoint in output_dir; without one, start."}
+    )
+
+    def __post_init__(self):
+        for f in fields(self):  # a YAML file may hold one word for a list
+            if f.type in (list[str], list[str] | None) and isinstance(getattr(self, f.name), str):
+                setattr(self, f.name, [getattr(self, f.name)])
+        check_share("max_broken", self.max_broken)
+
+    def peft_config(self) -> LoraConfig | None:
+        """Return PEFT's settings under `use_peft`, else None."""
+        if not self.use_peft:
+            return None
+        return lora_config(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
+
+
+def parse_settings(argv: list[str], script_class: type, config_class: type, method: str) -> tuple:
+    """Read `--config FILE` and flags, flags win; returns one of each class.
+
+    Raises:
+        InputError: an unknown key, with the nearest valid names, or a value that does not fit.
+    """
+    read_config(argv)  # what is wrong with the file is said in its own words
+    parser = TrlParser((script_class, config_class), prog=f"unipic2 train {method}", allow_abbrev=False)
+    try:
+        script_args, args = parser.parse_args_and_config(argv)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        remedy = _suggest(str(error), [f.name for cls in (script_class, config_class) for f in fields(cls)])
+        raise InputError("training settings", found=str(error), remedy=remedy) from None
+    if not script_args.model_name_or_path:
+        remedy = "`unipic2 micro make` builds a micro model from nothing."
+        raise InputError("model_name_or_path", found="nothing", expected="a pipeline folder", remedy=remedy)
+    if MICRO in script_args.dataset_name and len(script_args.dataset_name) > 1:
+        raise InputError("dataset_name", found=", ".join(script_args.dataset_name), expected="micro alone, or others")
+    return script_args, args
+
+
+def _suggest(message: str, known: list[str]) -> str | None:
+    """Return a sentence with the setting names nearest to unknown ones that a parser's message mentions."""
+    words = [w.strip("-'\"[],:").replace("-", "_") for w in message.split() if "-" in w or "_" in w]
+    hints = []
+    for word in dict.fromkeys(words):
+        near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+        if word not in known and near:
+            hints.append(f"Did you mean {' or '.join(near)} instead of {word}?")
+    return " ".join(hints) or None
+
+
+def load_pipeline(
+    name: str, args: KontextConfig, lora: bool, text_encoders: bool = True
+) -> StableDiffusion3KontextPipeline:
+    """Load the model: under `bf16` on a GPU in bfloat16, but for what is trained and the rest of its model in float32.
+
+    Args:
+        name: folder, or hub repository.
+        args: settings.
+        lora: the transformer itself stays frozen.
+        text_encoders: False leaves them out, for data that brings its texts encoded.
+
+    Raises:
+        InputError: see `StableDiffusion3KontextPipeline.from_pretrained`.
+    """
+    frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
+    types = {"default": frozen, "transformer": frozen if lora else torch.float32}
+    if args.train_text_encoder:
+        types["text_encoder"] = torch.float32
+    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    absent = {} if text_encoders else dict.fromkeys(TEXT_ENCODERS)
+    return StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=types, **absent)
+
+
+def check_resolution(pipeline: StableDiffusion3KontextPipeline, buckets: list[tuple[int, int]]) -> None:
+    """Raise InputError where a bucket is larger than the model's positions."""
+    most = pipeline.transformer.config.pos_embed_max_size * pipeline.patch_size * pipeline.vae_scale_factor
+    longest = max(max(size) for size in buckets)
+    if longest > most:
+        found = f"buckets of up to {longest} pixels"
+        remedy = "Lower it, or max_aspect."
+        raise InputError("resolution", found=found, expected=f"at most {most}, the model's positions", remedy=remedy)
+
+
+def find_checkpoint(script_args: ScriptArguments, args: KontextConfig) -> Path | None:
+    """Return the checkpoint that a run goes on from, None where it starts.
+
+    Raises:
+        InputError: `output_dir` holds another run's checkpoints, or something else in place of an export.
+    """
+    output_dir = Path(args.output_dir)
+    check_replaceable(output_dir / "export")
+    checkpoint = last_checkpoint(output_dir, args.use_ema)
+    if script_args.resume:
+        start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
+        sys.stderr.write(f"{output_dir}: training goes on {start}\n")
+    elif checkpoint is not None:
+        remedy = "`resume: true` goes on with it; or name another folder."
+        raise InputError(f"output_dir {output_dir}", found="checkpoints of an earlier run", remedy=remedy)
+    return checkpoint
+
+
+def check_identity(args: KontextConfig, identity: dict, resumed: bool) -> None:
+    """Keep in `output_dir` what makes a run the run it is, and compare it where one goes on.
+
+    Raises:
+        InputError: the checkpoints are of a run on other data, of another seed or other batches.
+    """
+    identity = identity | {
+        "seed": args.seed,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "batches of a step": args.gradient_accumulation_steps * args.world_size,
+    }
+    path = Path(args.output_dir) / _IDENTITY
+    if resumed and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if name in kept and kept[name] != value:
+                remedy = "Name another output_dir, or take this run's own settings."
+                found, expected = f"{value}", f"{kept.get(name)}, with which {path.parent} was begun"
+                raise InputError(f"{name} of a resumed run", found=found, expected=expected, remedy=remedy)
+    elif args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(identity, indent=2) + "\n")
+
+
+def finish(folder: Path, args: KontextConfig, card: str | None = None) -> None:
+    """Say where the export is, give it another card if there is one, push it if asked, and leave the process group."""
+    if PartialState().is_main_process:
+        if card is not None:
+            write_file(folder / "README.md", card)
+        sys.stdout.write(f"{folder}\n")
+        if args.push_to_hub:
+            sys.stdout.write(f"{push(folder, repository_name(args, folder.parent), args)}\n")
+    PartialState().destroy_process_group()  # else a process may abort when it ends, with its group's threads at work
