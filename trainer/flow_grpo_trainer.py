@@ -56,12 +56,21 @@ class _RepeatedTurns(torch.utils.data.Sampler):
                 draws = []
 
 
+def _of_each_prompt(order: list[int], prompts: list[str]) -> list[int]:
+    """Return the first places of an order, as many as are shown: first one of each prompt, then others."""
+    first = list({prompts[i]: i for i in reversed(order)}.values())
+    chosen = sorted(first, key=order.index)[:_SHOWN]
+    return chosen + [i for i in order if i not in chosen][: _SHOWN - len(chosen)]
+
+
 def _best_and_worst(rewards: torch.Tensor, prompts: list[str], images: list, sources: list) -> Image.Image:
-    """Return a sheet of the pictures with the highest and the lowest rewards (N,), each with its reward."""
+    """Return a sheet of pictures: those with the best rewards (N,) above, the worst below, each with its reward.
+
+    It shows one of each prompt, and more of a prompt only where there are too few.
+    """
     order = rewards.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True).tolist()
-    shown = list(dict.fromkeys(order[:_SHOWN] + order[-_SHOWN:]))
     cells = []
-    for i in shown:
+    for i in [*_of_each_prompt(order, prompts), *_of_each_prompt(order[::-1], prompts)]:
         pair = [images[i]] if sources[i] is None else [sources[i], images[i]]
         edge = min(_THUMBNAIL, *images[i].size)
         cells.append(

@@ -7,6 +7,7 @@ from PIL import Image
 from unipic2.core.errors import InputError
 from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from unipic2.trainer.adapters import lora_config
+from unipic2.trainer.flow_grpo_trainer import _of_each_prompt
 from unipic2.trainer.micro.rows import MicroTasks
 from unipic2.trainer.rewards.micro import micro_soft
 from unipic2.trainer.rollouts import log_prob
@@ -203,6 +204,12 @@ def test_a_generation_without_differences_changes_nothing(make_trainer, capsys):
     assert not differences(before, weights(trainer))
     assert logged(trainer, "frac_reward_zero_std") == [1.0, 1.0]
     assert "is 1 for all of 6 samples" in capsys.readouterr().err
+
+
+def test_a_sheet_shows_different_prompts():
+    order, prompts = [3, 2, 1, 0, 4, 5, 6, 7], ["a", "a", "a", "b", "c", "c", "d", "d"]
+    assert _of_each_prompt(order, prompts) == [3, 2, 4, 6, 1, 0]
+    assert _of_each_prompt([1, 0], ["a", "a"]) == [1, 0]
 
 
 def test_a_shift_by_size(make_trainer):
