@@ -33,17 +33,11 @@ class _Accuracy(TrainerCallback):
     def __init__(self, every: int, count: int):
         self.every, self.count, self.curve, self.trainer = every, count, {}, None
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
             return
-        trainer = self.trainer
-        model.eval()
-        trainer.ema.swap_in(model)
-        try:
-            scores, _ = evaluate(trainer.pipeline, self.count, _EVAL_SEED)
-        finally:
-            trainer.ema.swap_out(model)
-            model.train()
+        with self.trainer.drawing() as pipeline:
+            scores, _ = evaluate(pipeline, self.count, _EVAL_SEED)
         self.curve[state.global_step] = [scores[task]["strict"] for task in _TASKS]
 
 

@@ -50,13 +50,9 @@ class _Race(TrainerCallback):
         self.started = time.perf_counter()
 
     def _look(self) -> float:
-        trainer = self.trainer
-        trainer.trained_model().eval()
-        with trainer.averaged_weights():
-            scores, _ = evaluate(
-                trainer.pipeline, self.arguments.samples, _EVAL_SEED, guidance_scale=self.arguments.eval_guidance
-            )
-        trainer.trained_model().train()
+        guidance = self.arguments.eval_guidance
+        with self.trainer.drawing() as pipeline:
+            scores, _ = evaluate(pipeline, self.arguments.samples, _EVAL_SEED, guidance_scale=guidance)
         self.curve.append((self.spent / 60, scores["t2i"]["strict"], scores["edit"]["strict"]))
         return scores[self.arguments.task]["strict"]
 

@@ -24,14 +24,13 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer
 from .matching import Matching
 from .noisy_steps import NoisySteps
-from .rewards import RewardFunction, name_of, score
+from .rewards import RewardFunction, columns_of, name_of, score
 from .rollouts import rollout, snapped
 from .sheets import Cell, contact_sheet, save_sheet
 
 _GENERATION = 3  # purpose of a seed
 _SHOWN = 6  # best, and worst, pictures of a sheet
 _THUMBNAIL = 192
-_ROW = ("prompt", "size", "source_image", "broken", DRAW_SEED)
 
 
 class _RepeatedTurns(torch.utils.data.Sampler):
@@ -228,10 +227,8 @@ class FlowGRPOTrainer(KontextTrainer):
     def _score(self, rows: list[dict], groups: torch.Tensor, images: list) -> torch.Tensor:
         """Return the advantages (N,) of this process's pictures, compared with those of all processes."""
         args = self.args
-        prompts = [rows[i]["prompt"] for i in groups.tolist()]
-        names = dict.fromkeys(name for row in rows for name in row if name not in _ROW)
-        columns = {name: [rows[i].get(name) for i in groups.tolist()] for name in names}
-        columns["source_image"] = [rows[i].get("source_image") for i in groups.tolist()]
+        samples = [rows[i] for i in groups.tolist()]
+        prompts, columns = [sample["prompt"] for sample in samples], columns_of(samples)
         scores = asyncio.run(score(self.reward_funcs, prompts, images, columns))
         for warning in scores.warnings:
             sys.stderr.write(f"step {self.state.global_step}: {warning}\n")

@@ -46,7 +46,6 @@ class GateCallback(TrainerCallback):
         self.max_drop, self.target, self.action = max_drop, target, action
         self.folder = Path(trainer.args.output_dir)
         self.looks: list[dict] = []
-        self.fell, self.best = False, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = self.folder / _LOOKS
@@ -55,10 +54,8 @@ class GateCallback(TrainerCallback):
             self.looks = [look for look in looks if look["step"] <= state.global_step]
         if not self.looks:
             self._look(state.global_step)
-        elif self.looks[-1]["step"] == state.global_step and self.looks[-1]["ends"]:
-            # Killed after the decision, before the export.
-            self.fell, self.best = bool(self.looks[-1]["fell"]), self._best()["step"]
-            control.should_training_stop = True
+        elif self.looks[-1]["step"] == state.global_step:  # it may have been killed after the decision to end
+            control.should_training_stop = self.looks[-1]["ends"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
@@ -68,9 +65,15 @@ class GateCallback(TrainerCallback):
         if state.global_step % self.steps and not control.should_training_stop:
             self._look(state.global_step)
         if self.fell and self.action == "rollback":
-            self.trainer.restore(load_file(self.folder / _BEST.format(self.best)))
+            step = self._best()["step"]
+            self.trainer.restore(load_file(self.folder / _BEST.format(step)))
             if self.trainer.is_world_process_zero():
-                self._say(f"back to the weights of step {self.best}")
+                self._say(f"back to the weights of step {step}")
+
+    @property
+    def fell(self) -> bool:
+        """Whether a task had fallen when they were last looked at."""
+        return bool(self.looks[-1]["fell"])
 
     def _best(self) -> dict | None:
         """Return the look with the best score, the first of equals, of those where no task had fallen."""
@@ -79,15 +82,15 @@ class GateCallback(TrainerCallback):
 
     def _look(self, step: int) -> bool:
         """Measure, in the first process; returns, in all of them, whether the stage ends."""
-        found = [False, False, 0]
         if self.trainer.is_world_process_zero():
-            found = [*self._decide(step), self._best()["step"]]
+            self._decide(step)
         if self.trainer.args.world_size > 1:
-            broadcast_object_list(found)
-        ends, self.fell, self.best = found
-        return ends
+            shared = [self.looks]
+            broadcast_object_list(shared)
+            self.looks = shared[0]
+        return self.looks[-1]["ends"]
 
-    def _decide(self, step: int) -> tuple[bool, bool]:
+    def _decide(self, step: int) -> None:
         with self.trainer.drawing() as pipeline:
             measured, _ = self.held_out(pipeline)
         shares = {task: round(now.mean(), 4) for task, now in measured.items()}
@@ -113,7 +116,6 @@ class GateCallback(TrainerCallback):
             self._say(f"negative transfer: {task} fell from {first[task].mean():.3f} to {shares[task]:.3f}")
         if reached:
             self._say(f"the stage's target of {self.target} is reached")
-        return ends, bool(fallen)
 
     def _baseline(self) -> dict[str, Measurement] | None:
         if not self.looks:

@@ -1,35 +1,31 @@
 """`unipic2 train grpo`: online reinforcement learning from a YAML file and flags."""
 
-import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from diffusers import AutoencoderTiny
-
 from ..core.errors import InputError
 from .adapters import load_lora
-from .data.buckets import aspect_buckets
-from .data.pairs import measure_sources
 from .data.prompts import PromptDataset
-from .data.sources import open_source, open_sources
+from .data.sources import open_source
 from .flow_grpo_config import FlowGRPOConfig
 from .flow_grpo_trainer import FlowGRPOTrainer
-from .hub import model_card, repository_name
 from .micro.rows import MicroTasks
-from .previews import micro_previews, pair_previews
 from .rewards.registry import RewardArguments
 from .script import (
     MICRO,
     ScriptArguments,
     check_identity,
-    check_resolution,
+    check_micro,
     find_checkpoint,
     finish,
     load_pipeline,
+    measured_rows,
+    open_data,
     parse_settings,
-)  # fmt: skip
+    previews_of,
+    train_and_export,
+)
 
 
 @dataclass
@@ -78,19 +74,10 @@ def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig
         InputError: see `open_source` and `PromptDataset`; or the micro world for a model that is not.
     """
     if names == [MICRO]:
-        if not isinstance(pipeline.vae, AutoencoderTiny):
-            found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
-            raise InputError("model_name_or_path", found=found, expected=expected)
+        check_micro(pipeline)
         return MicroTasks(script_args.num_prompts, script_args.num_edits)
-    open_one = partial(open_source, needs_target=False)
-    sources = open_sources(names, script_args.image_root, script_args.dataset_split, script_args, open_one=open_one)
-    buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
-    check_resolution(pipeline, buckets)
-    with nullcontext() if alone else args.main_process_first(desc="reading sizes"):
-        dataset = PromptDataset(sources, buckets, script_args.max_broken, measure_sources(sources))
-    if args.process_index == 0:
-        sys.stderr.write(f"{dataset.summary()}\n")
-    return dataset
+    sources, buckets = open_data(names, script_args, pipeline, partial(open_source, needs_target=False))
+    return measured_rows(PromptDataset, sources, buckets, script_args.max_broken, args, alone=alone)
 
 
 def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool) -> FlowGRPOTrainer:
@@ -109,9 +96,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "num_generations": args.num_generations,
     }
     check_identity(args, identity, resumed)
-    previews = None
-    if args.preview_steps:
-        previews = micro_previews(args) if isinstance(rows, MicroTasks) else pair_previews(rows, args)
+    previews = previews_of(script_args, args, rows)
     trainer = FlowGRPOTrainer(pipeline, rewards, args, rows, previews=previews, peft_config=peft_config)
     if script_args.lora_name_or_path is not None:
         load_lora(pipeline.transformer, script_args.lora_name_or_path)
@@ -125,21 +110,15 @@ def grpo(script_args: GRPOArguments, args: FlowGRPOConfig, callbacks=lambda trai
 
     `callbacks` is asked for further callbacks of the trainer.
     """
-    output_dir, checkpoint = Path(args.output_dir), find_checkpoint(script_args, args)
+    checkpoint = find_checkpoint(script_args, args)
     trainer = make_trainer(script_args, args, resumed=checkpoint is not None)
     for callback in callbacks(trainer):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
-    base, data = script_args.model_name_or_path, script_args.dataset_name
-    method = f"reinforcement learning ({args.estimator})"
-    trainer.export(output_dir / "export", model_card(name, base, data, args, steps, script_args.use_peft, method))
-    return output_dir / "export"
+    return train_and_export(trainer, script_args, args, checkpoint, f"reinforcement learning ({args.estimator})")
 
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train grpo`."""
     script_args, args = parse(argv)
-    folder = grpo(script_args, args)
-    finish(folder, args)
+    finish(grpo(script_args, args), args)
     return 0

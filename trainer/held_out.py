@@ -13,12 +13,17 @@ from PIL import Image
 from .data.prompts import PromptDataset
 from .micro.evaluate import evaluate
 from .micro.sheet import result_sheet
-from .rewards import RewardFunction, score
+from .rewards import RewardFunction, columns_of, score
 from .sheets import Cell, contact_sheet, stack
 
 TASKS = ("t2i", "edit")
 _SHOWN = {"t2i": 24, "edit": 12}  # cells of a sheet
 _THUMBNAIL = 256
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Return those of (N,) values that are not nan."""
+    return values[~np.isnan(values)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class Measurement:
 
     def mean(self) -> float:
         """Return the strict accuracy of what could be judged, 0 to 1; nan where nothing could."""
-        return float(np.nanmean(self.strict)) if not np.isnan(self.strict).all() else float("nan")
+        judged = known(self.strict)
+        return float(judged.mean()) if len(judged) else math.nan
 
     def to_json(self) -> dict:
         """Return plain lists, with null for nan."""
@@ -102,11 +108,7 @@ def reward_held_out(
                 continue
             samples = [rows[i] for i in indices]
             images = _draw(pipeline, samples, seed, batch_size, sampling)
-            names = dict.fromkeys(
-                n for s in samples for n in s if n not in ("prompt", "size", "source_image", "broken")
-            )
-            columns = {name: [s.get(name) for s in samples] for name in names}
-            columns["source_image"] = [s.get("source_image") for s in samples]
+            columns = columns_of(samples)
             scores = asyncio.run(score(rewards, [s["prompt"] for s in samples], images, columns)).rewards
             share = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64).expand_as(scores)
             known = ~scores.isnan()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import write_file
-from .held_out import Measurement
+from .held_out import Measurement, known
 
 INTERFERENCE_FILE = "interference.json"
 _Z = 1.959964  # of a normal distribution, 95 %
@@ -18,7 +18,7 @@ _Z = 1.959964  # of a normal distribution, 95 %
 
 def share_interval(values: np.ndarray) -> tuple[float, float]:
     """Return Wilson's interval of a share of ones (N,), 0 to 1; it also holds near 0 and 1. nan is left out."""
-    values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    values = known(values)
     n, share = len(values), float(values.mean())
     center = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
@@ -35,8 +35,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, tup
     """
     if before.shape != after.shape:
         raise ValueError(f"paired values: found {before.shape} and {after.shape}, expected the same")
-    change = after - before
-    change = change[~np.isnan(change)]
+    change = known(after - before)
     if len(change) < 2:
         return 0.0, (-math.inf, math.inf)
     half = _Z * float(change.std(ddof=1)) / math.sqrt(len(change))
@@ -50,8 +49,7 @@ def has_fallen(before: np.ndarray, after: np.ndarray, max_drop: float) -> bool:
 
 
 def _known_mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return round(float(known.mean()), 4) if len(known) else None
+    return round(float(known(values).mean()), 4) if len(known(values)) else None
 
 
 def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict[str, dict[str, dict]]:
@@ -73,8 +71,8 @@ def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict
             kinds = {kind: [i for i, k in enumerate(now.kinds) if k == kind] for kind in dict.fromkeys(now.kinds)}
             entry = {
                 "strict": round(now.mean(), 4),
-                "soft": round(float(np.nanmean(now.soft)), 4),
-                "n": int((~np.isnan(now.strict)).sum()),
+                "soft": round(float(known(now.soft).mean()), 4),
+                "n": len(known(now.strict)),
                 "interval": [round(edge, 4) for edge in share_interval(now.strict)],
                 "kinds": {kind: _known_mean(now.strict[places]) for kind, places in kinds.items()},
             }

@@ -64,11 +64,7 @@ class Matching:
             new = self._log_probs(batch, velocity).flatten()
             found = awm_loss(new, batch["old"].flatten() if "old" in batch else new, advantages, args.epsilon)
             loss = found.loss.mean()
-            note({
-                "ratio": found.ratio.mean().item(),
-                "clip_ratio/low_mean": found.clipped_low.float().mean().item(),
-                "clip_ratio/high_mean": found.clipped_high.float().mean().item(),
-            })  # fmt: skip
+            note(found.metrics())
         if args.beta:
             reference = self.trainer.reference_velocity(**inputs)
             distance = velocity_distance(velocity.flatten(0, 1), reference).mean()

@@ -74,11 +74,7 @@ class NoisySteps:
                 loss = loss + args.beta * distance
                 note({"kl": distance.item()})
             total = total + loss / len(steps)
-            note({
-                "ratio": found.ratio.mean().item(),
-                "clip_ratio/low_mean": found.clipped_low.float().mean().item(),
-                "clip_ratio/high_mean": found.clipped_high.float().mean().item(),
-            })  # fmt: skip
+            note(found.metrics())
         return total
 
     def _steps(self, model, batch: dict) -> tuple[list[Transition], dict]:

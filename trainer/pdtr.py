@@ -21,11 +21,10 @@ from .flow_grpo_config import FlowGRPOConfig
 from .gates import GATE_ACTIONS, GateCallback
 from .grpo import GRPOArguments, check_task, grpo, load_rows
 from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_out
-from .hub import model_card, repository_name
 from .interference import INTERFERENCE_FILE, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
-from .script import MICRO, finish, load_pipeline, parse_settings
+from .script import MICRO, finish, load_pipeline, parse_settings, stages_card
 from .sheets import save_sheet
 from .stages import parse_stages, run_stages
 
@@ -33,11 +32,10 @@ _MEASURED = "measured"
 _START = "start"
 _GATE_STREAM = 1_000_003  # added to eval_seed: what takes part in training is not what is measured at the end
 _COLORS = {"t2i": "#1f6feb", "edit": "#d1242f"}
-_OF_THE_RUN = (
-    "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "gate_n",
-    "strict_reward", "lora_r", "lora_alpha", "lora_target_modules",
+_MEASURING = (
+    "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "strict_reward",
 )  # fmt: skip
-_MEASURING = _OF_THE_RUN[:7]
+_OF_THE_RUN = (*_MEASURING, "gate_n", "lora_r", "lora_alpha", "lora_target_modules")
 
 
 @dataclass
@@ -240,8 +238,10 @@ class _Progress:
                 continue
             history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
             parts += [f"<h2>Stage {html.escape(self.names[number])}</h2>", *charts(history)]
-            samples = pictures(folder / "completions")
-            parts += ["<h3>Best and worst of the last generation that was kept</h3>", samples[-1]] if samples else []
+            last = max((folder / "completions").glob("*.png"), default=None)
+            if last is not None:
+                parts += ["<h3>Best and worst of the last generation that was kept</h3>"]
+                parts += pictures(last.parent, last.name)
         parts += ["<h2>The same prompts, edits and noise after each stage</h2>"]
         parts += [picture for name in self.names for picture in pictures(self.output_dir / _MEASURED, f"{name}.png")]
         for number, (script_args, args) in enumerate(self.stages, start=1):
@@ -331,13 +331,8 @@ def main(argv: list[str]) -> int:
 
 
 def _card(stages: list[tuple[PDTRArguments, FlowGRPOConfig]], output_dir: Path) -> str:
-    script_args, args = stages[0][0], stages[-1][1]
-    data = list(dict.fromkeys(name for a, _ in stages for name in a.dataset_name))
-    counted = all(a.max_steps > 0 and not s.gate_steps for s, a in stages)  # a gate may end a stage early
-    steps = sum(a.max_steps for _, a in stages) if counted else None
-    name = Path(repository_name(args, output_dir)).name
-    method = "PDTR, staged online reinforcement learning"
-    card = model_card(name, script_args.model_name_or_path, data, args, steps, script_args.use_peft, method)
+    counted = not any(script_args.gate_steps for script_args, _ in stages)  # a gate may end a stage early
+    card = stages_card(stages, output_dir, "PDTR, staged online reinforcement learning", counted)
     figures = json.loads((output_dir / INTERFERENCE_FILE).read_text(encoding="utf-8"))
     rows = [
         f"| {' | '.join([stage, *(_figure(tasks.get(task)) for task in TASKS)])} |" for stage, tasks in figures.items()

@@ -5,33 +5,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderTiny
 
 from ..core.errors import InputError, check_one_of
-from .data.buckets import aspect_buckets
 from .data.cache import Cache, CachedPairs, build_cache, fingerprint, is_complete
-from .data.pairs import PairDataset, measure_sources
-from .data.sources import open_source, open_sources
+from .data.pairs import PairDataset
+from .data.sources import open_source
 from .data.stream import StreamedPairs, open_stream
 from .flow_matching_config import FlowMatchingConfig
 from .flow_matching_trainer import FlowMatchingTrainer
-from .hub import model_card, repository_name
 from .kontext_config import EXPORT_DTYPES
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .micro.dataset import MicroDataset
-from .previews import micro_previews, pair_previews
 from .script import (
     MICRO,
     ScriptArguments,
     check_identity,
-    check_resolution,
+    check_micro,
     find_checkpoint,
     finish,
     load_pipeline,
+    measured_rows,
+    open_data,
     parse_settings,
-)  # fmt: skip
+    previews_of,
+    stages_card,
+    train_and_export,
+)
 from .stages import parse_stages, run_stages
+
+_METHOD = "flow matching"
 
 
 @dataclass
@@ -93,37 +95,22 @@ def load_dataset(
         InputError: see `open_source`, `aspect_buckets` and `PairDataset`; or the micro world for a model that is not.
     """
     if script_args.dataset_name == [MICRO]:
-        if not isinstance(pipeline.vae, AutoencoderTiny):
-            found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
-            raise InputError("model_name_or_path", found=found, expected=expected)
+        check_micro(pipeline)
         return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
-    named = (script_args.dataset_name, script_args.image_root, script_args.dataset_split, script_args)
-    sources = open_sources(*named, open_one=open_stream if script_args.streaming else open_source)
+    open_one = open_stream if script_args.streaming else open_source
+    sources, buckets = open_data(script_args.dataset_name, script_args, pipeline, open_one)
     if args.unmasked_weight == 1:
         sources = [replace(source, columns=replace(source.columns, mask=None)) for source in sources]
-    buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
-    check_resolution(pipeline, buckets)
     if script_args.streaming:
         pool = script_args.shuffle_buffer_size
         return StreamedPairs(sources, buckets, script_args.max_broken, pool, quiet=args.process_index > 0)
-    dataset = _measured_pairs(sources, buckets, script_args, args)
+    num_proc = script_args.preprocessing_num_workers
+    dataset = measured_rows(PairDataset, sources, buckets, script_args.max_broken, args, num_proc)
     if script_args.cache_dir is None:
         return dataset
     if args.train_text_encoder:
         raise InputError("cache_dir", found="train_text_encoder too", expected="frozen text encoders")
     return _cached(dataset, script_args, args, pipeline)
-
-
-def _measured_pairs(sources, buckets, script_args: PretrainArguments, args: FlowMatchingConfig) -> PairDataset:
-    """Return the rows. Of several processes the first one reads all headers, and tells the others or what is wrong."""
-    dataset, measured = None, [None]
-    if args.process_index == 0:
-        measured = [measure_sources(sources, script_args.preprocessing_num_workers)]
-        dataset = PairDataset(sources, buckets, script_args.max_broken, measured[0])
-        sys.stderr.write(f"{dataset.summary()}\n")
-    if args.world_size > 1:
-        broadcast_object_list(measured)
-    return dataset if dataset is not None else PairDataset(sources, buckets, script_args.max_broken, measured[0])
 
 
 def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline) -> CachedPairs:
@@ -142,7 +129,7 @@ def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline
 def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
     """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`. `main` pushes it."""
     peft_config = script_args.peft_config()
-    output_dir, checkpoint = Path(args.output_dir), find_checkpoint(script_args, args)
+    checkpoint = find_checkpoint(script_args, args)
     ready = script_args.cache_dir is not None
     pipeline = load_pipeline(script_args.model_name_or_path, args, peft_config is not None, text_encoders=not ready)
     dataset = load_dataset(script_args, args, pipeline)
@@ -154,24 +141,9 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
         "edit_ratio": args.edit_ratio,
     }
     check_identity(args, identity, resumed=checkpoint is not None)
-    previews = None
-    if args.preview_steps:
-        previews = micro_previews(args) if isinstance(dataset, MicroDataset) else pair_previews(dataset, args)
+    previews = previews_of(script_args, args, dataset)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
-    base, data = script_args.model_name_or_path, script_args.dataset_name
-    trainer.export(output_dir / "export", model_card(name, base, data, args, steps, peft_config is not None))
-    return output_dir / "export"
-
-
-def _stages_card(stages: list[tuple[PretrainArguments, FlowMatchingConfig]], output_dir: Path) -> str:
-    """Return the card of the whole run, which began where its first stage did."""
-    args = stages[-1][1]
-    steps = sum(a.max_steps for _, a in stages) if all(a.max_steps > 0 for _, a in stages) else None
-    data = list(dict.fromkeys(name for script_args, _ in stages for name in script_args.dataset_name))
-    name = Path(repository_name(args, output_dir)).name
-    return model_card(name, stages[0][0].model_name_or_path, data, args, steps, lora=False)
+    return train_and_export(trainer, script_args, args, checkpoint, _METHOD)
 
 
 def cache(argv: list[str]) -> int:
@@ -196,5 +168,5 @@ def main(argv: list[str]) -> int:
     else:
         args = stages[-1][1]
         folder = run_stages(stages, pretrain)
-        finish(folder, args, _stages_card(stages, folder.parent))
+        finish(folder, args, stages_card(stages, folder.parent, _METHOD))
     return 0

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderTiny
 from peft import LoraConfig
 from trl import TrlParser
 
 from ..core.errors import InputError, check_share
 from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
-from .hub import push, repository_name
+from .data.buckets import aspect_buckets
+from .data.pairs import PairDataset, measure_sources
+from .data.sources import open_sources
+from .hub import model_card, push, repository_name
 from .kontext_config import KontextConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
-from .kontext_trainer import last_checkpoint
+from .kontext_trainer import KontextTrainer, last_checkpoint
+from .previews import micro_previews, pair_previews
 from .stages import read_config
 
 MICRO = "micro"
@@ -138,14 +144,53 @@ def load_pipeline(
     return StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=types, **absent)
 
 
-def check_resolution(pipeline: StableDiffusion3KontextPipeline, buckets: list[tuple[int, int]]) -> None:
-    """Raise InputError where a bucket is larger than the model's positions."""
+def check_micro(pipeline: StableDiffusion3KontextPipeline) -> None:
+    """Raise InputError where the micro world is asked for with a model that is not micro."""
+    if not isinstance(pipeline.vae, AutoencoderTiny):
+        found, expected = type(pipeline.vae).__name__, "a micro model for dataset_name micro"
+        raise InputError("model_name_or_path", found=found, expected=expected)
+
+
+def open_data(names: list[str], script_args: ScriptArguments, pipeline, open_one) -> tuple[list, list]:
+    """Return opened datasets, and the sizes `(width, height)` that their pictures are brought to.
+
+    Raises:
+        InputError: see `open_source` and `aspect_buckets`, or a size larger than the model's positions.
+    """
+    sources = open_sources(names, script_args.image_root, script_args.dataset_split, script_args, open_one=open_one)
+    buckets = aspect_buckets(script_args.resolution, script_args.bucket_mode, script_args.max_aspect)
     most = pipeline.transformer.config.pos_embed_max_size * pipeline.patch_size * pipeline.vae_scale_factor
     longest = max(max(size) for size in buckets)
     if longest > most:
         found = f"buckets of up to {longest} pixels"
         remedy = "Lower it, or max_aspect."
         raise InputError("resolution", found=found, expected=f"at most {most}, the model's positions", remedy=remedy)
+    return sources, buckets
+
+
+def measured_rows(
+    kind: type[PairDataset], sources, buckets, max_broken: float, args, num_proc: int | None = None, alone=False
+):
+    """Return the rows. The first process reads all headers and tells the others, unless it is `alone`.
+
+    Raises:
+        InputError: see `PairDataset`.
+    """
+    dataset, measured = None, [None]
+    if args.process_index == 0:
+        measured = [measure_sources(sources, num_proc)]
+        dataset = kind(sources, buckets, max_broken, measured[0])
+        sys.stderr.write(f"{dataset.summary()}\n")
+    if args.world_size > 1 and not alone:
+        broadcast_object_list(measured)
+    return dataset if dataset is not None else kind(sources, buckets, max_broken, measured[0])
+
+
+def previews_of(script_args: ScriptArguments, args: KontextConfig, rows):
+    """Return what draws the fixed-seed grids of a run, None without `preview_steps`."""
+    if not args.preview_steps:
+        return None
+    return micro_previews(args) if script_args.dataset_name == [MICRO] else pair_previews(rows, args)
 
 
 def find_checkpoint(script_args: ScriptArguments, args: KontextConfig) -> Path | None:
@@ -188,6 +233,27 @@ def check_identity(args: KontextConfig, identity: dict, resumed: bool) -> None:
     elif args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(identity, indent=2) + "\n")
+
+
+def train_and_export(
+    trainer: KontextTrainer, script_args: ScriptArguments, args: KontextConfig, checkpoint: Path | None, method: str
+) -> Path:
+    """Train and export with a card; returns the folder of the pipeline or LoRA, `output_dir/export`."""
+    output_dir = Path(args.output_dir)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
+    base, data = script_args.model_name_or_path, script_args.dataset_name
+    trainer.export(output_dir / "export", model_card(name, base, data, args, steps, script_args.use_peft, method))
+    return output_dir / "export"
+
+
+def stages_card(stages: list[tuple], output_dir: Path, method: str, counted: bool = True) -> str:
+    """Return the card of a whole run, which began where its first stage did; steps only if they are `counted`."""
+    script_args, args = stages[0][0], stages[-1][1]
+    steps = sum(a.max_steps for _, a in stages) if counted and all(a.max_steps > 0 for _, a in stages) else None
+    data = list(dict.fromkeys(name for a, _ in stages for name in a.dataset_name))
+    name = Path(repository_name(args, output_dir)).name
+    return model_card(name, script_args.model_name_or_path, data, args, steps, script_args.use_peft, method)
 
 
 def finish(folder: Path, args: KontextConfig, card: str | None = None) -> None:

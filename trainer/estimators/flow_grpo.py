@@ -18,6 +18,14 @@ class PolicyLoss:
     clipped_high: torch.Tensor
     """(B,) bool: the advantage is positive and the ratio above the range."""
 
+    def metrics(self) -> dict[str, float]:
+        """Return the mean ratio, and the shares of samples that were clipped, under TRL's names."""
+        return {
+            "ratio": self.ratio.mean().item(),
+            "clip_ratio/low_mean": self.clipped_low.float().mean().item(),
+            "clip_ratio/high_mean": self.clipped_high.float().mean().item(),
+        }
+
 
 def policy_loss(
     log_probs: torch.Tensor,

@@ -211,9 +211,13 @@ def _try_edit(rng: np.random.Generator, kind: str, source: Scene) -> EditTask | 
 
 def reworded(rng: np.random.Generator, task: EditTask) -> EditTask:
     """Return the same edit in any of its words that are on the same side of the held-out split."""
-    side = is_held_out(task.prompt)
-    words = [w for w in phrasings(task) if task.kind not in _SPLIT_BY_WORDS or is_held_out(w) == side]
-    return replace(task, prompt=words[int(rng.integers(len(words)))])
+    return _worded(rng, task, is_held_out(task.prompt))
+
+
+def _worded(rng: np.random.Generator, task: EditTask, held_out: bool) -> EditTask | None:
+    """Return an edit in words on one side of the held-out split, None where it has none there."""
+    words = [w for w in phrasings(task) if task.kind not in _SPLIT_BY_WORDS or is_held_out(w) == held_out]
+    return replace(task, prompt=words[int(rng.integers(len(words)))]) if words else None
 
 
 def undone(rng: np.random.Generator, task: EditTask) -> EditTask | None:
@@ -231,9 +235,7 @@ def undone(rng: np.random.Generator, task: EditTask) -> EditTask | None:
         index = None
     elif kind == "remove":
         index = len(source.things) - 1
-    back = EditTask(kind, "", source, target, index)
-    words = [w for w in phrasings(back) if kind not in _SPLIT_BY_WORDS or not is_held_out(w)]
-    return replace(back, prompt=words[int(rng.integers(len(words)))]) if words else None
+    return _worded(rng, EditTask(kind, "", source, target, index), held_out=False)
 
 
 def sample_edit(rng: np.random.Generator, kind: str, held_out: bool = False) -> EditTask:

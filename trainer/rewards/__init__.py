@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ...core.errors import InputError
+from ..batches import DRAW_SEED
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -27,6 +28,16 @@ class Scores:
     """(B, R), float64; nan where a reward does not apply."""
     warnings: tuple[str, ...]
     """What a person should know: no reward at all, or one that says the same of everything, teaches nothing."""
+
+
+NOT_COLUMNS = ("prompt", "size", "source_image", "broken", DRAW_SEED)
+"""What rows say to the trainer, not to rewards; `source_image` is always there for these."""
+
+
+def columns_of(rows: list[dict]) -> dict[str, list]:
+    """Return what rewards are told of B samples beside prompts and pictures: lists of B values, None where absent."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS)
+    return {name: [row.get(name) for row in rows] for name in (*names, "source_image")}
 
 
 def name_of(function: RewardFunction) -> str:

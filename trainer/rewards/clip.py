@@ -1,5 +1,8 @@
 """CLIP as a reward and as a judge of colours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
@@ -7,6 +10,16 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from ...core.errors import InputError
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+
+
+@contextmanager
+def loading(what: str, model: str, expected: str) -> Iterator[None]:
+    """Turn what transformers raises of a model that it cannot load into an InputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise InputError(f"{what} {model}", found=found, expected=expected) from error
 
 
 class Clip:
@@ -23,16 +36,11 @@ class Clip:
 
     def __init__(self, model: str = DEFAULT_CLIP, device: str | torch.device = "cpu", batch_size: int = 16):
         self.batch_size, self.device = batch_size, device
-        try:
-            self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False).to(device)
-            self.processor, self.tokenizer = (
-                CLIPImageProcessorPil.from_pretrained(model),
-                AutoTokenizer.from_pretrained(model),
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"CLIP {model}", found=" ".join(str(error).split())[:300], expected="a CLIP model"
-            ) from error
+        with loading("CLIP", model, "a CLIP model"):
+            loaded = CLIPModel.from_pretrained(model, use_safetensors=True)
+            self.processor = CLIPImageProcessorPil.from_pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = loaded.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:

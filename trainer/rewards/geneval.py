@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from ...core.errors import InputError
-from .clip import DEFAULT_CLIP, Clip
+from .clip import DEFAULT_CLIP, Clip, loading
 
 DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -64,12 +64,9 @@ class Mask2Former:
 
     def __init__(self, model: str = DEFAULT_DETECTOR, device: str | torch.device = "cpu", batch_size: int = 4):
         self.device, self.batch_size = device, batch_size
-        try:
+        with loading("detector", model, "a Mask2Former model"):
             loaded = AutoModelForUniversalSegmentation.from_pretrained(model, use_safetensors=True)
             self.processor = Mask2FormerImageProcessorPil.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            found = " ".join(str(error).split())[:300]
-            raise InputError(f"detector {model}", found=found, expected="a Mask2Former model") from error
         self.model = loaded.eval().requires_grad_(False).to(device)
         self.classes = set(loaded.config.id2label.values())
 
