@@ -2,9 +2,10 @@
 
     python benchmarks/reinforcement.py [--task t2i] [--target 0.6] [--minutes 6] [--methods cps nft ...]
 
-Every method starts from the bundled weights, draws as many pictures for an update, and is stopped when the averaged
+Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
 weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
-as published: noise in all steps but the last, guidance and KL in training. Further flags are those of
+as published: noise in all steps but the last, guidance and KL in training; `nft` is that of `pdtr_micro.yaml`, and
+`nft_current` has the current weights draw. Further flags are those of
 `unipic2 train grpo`, for all methods.
 """
 
@@ -15,7 +16,6 @@ import time
 
 from diffusers.utils import logging
 from transformers import TrainerCallback
-from unipic2.core.micro import weights_dir
 from unipic2.trainer.grpo import make_trainer, parse
 from unipic2.trainer.micro.evaluate import evaluate
 
@@ -25,7 +25,8 @@ METHODS = {
         "guidance_scale": 1.5, "beta": 0.04, "epsilon": 1e-4,
     },
     "cps": {"dynamics": "cps", "eta": 0.8, "sde_window_size": 3, "epsilon": 1e-3},
-    "nft": {"estimator": "diffusion_nft"},
+    "nft_current": {"estimator": "diffusion_nft"},
+    "nft": {"estimator": "diffusion_nft", "old_policy": "average", "ema_decay": 0.8, "nft_beta": 0.1},
     "awm": {"estimator": "awm", "advantage_clip": 1.0},
 }  # fmt: skip
 _EVAL_SEED = 99
@@ -60,7 +61,7 @@ class _Race(TrainerCallback):
 def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> list[tuple[float, float, float]]:
     """Return `(minutes, strict text-to-image, strict edit)` of each look."""
     settings = {
-        "model_name_or_path": weights_dir(), "output_dir": folder, "reward_funcs": "micro_soft", "seed": seed,
+        "model_name_or_path": "micro-pretrained", "output_dir": folder, "reward_funcs": "micro_soft", "seed": seed,
         "edit_ratio": float(arguments.task == "edit"), "max_steps": 100_000, "per_device_train_batch_size": 96,
         "num_generations": 12, "num_inference_steps": 10, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
         "bf16": True, "ema_decay": 0.9, "save_strategy": "no", "report_to": "none", "preview_steps": 0,

@@ -27,7 +27,7 @@ TRAINER_COMMANDS = {
     "data": "training data: data check DATASET ..., data cache --config FILE",
     "export": "write a trained model as one file for ComfyUI: export --model DIR --out FILE",
     "eval": "measure a model: eval BENCHMARK --model DIR_OR_NAME --out DIR",
-    "micro": "the micro world: scenes, contact sheets, the bundled model",
+    "micro": "the micro world: scenes, contact sheets, the pretrained model",
 }
 
 

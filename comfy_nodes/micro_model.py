@@ -19,10 +19,10 @@ from comfy.supported_models_base import ClipTarget
 
 from ..core.checkpoint import check_transformer_config, read_component
 from ..core.errors import InputError
-from ..core.micro import TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
+from ..core.micro import BUNDLED_MODELS, TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
 
 FOLDER_KEY = "unipic2"
-BUNDLED = "micro (bundled)"
+DEFAULT_MODEL = "micro (bundled)"
 CLIP_KEY = "unipic2_micro"
 """Key of the micro tokens in what `clip.tokenize` returns."""
 
@@ -33,8 +33,8 @@ def register_folder() -> None:
 
 
 def available_models() -> dict[str, Path]:
-    """Return name -> folder: the bundled model first, then every folder in `models/unipic2` with a transformer."""
-    found = {BUNDLED: weights_dir()}
+    """Return name -> folder: the bundled models first, then every folder in `models/unipic2` with a transformer."""
+    found = {f"{name} (bundled)": weights_dir(name) for name in BUNDLED_MODELS}
     for base in folder_paths.get_folder_paths(FOLDER_KEY):
         for config in sorted(Path(base).glob("*/transformer/config.json")):
             found.setdefault(config.parents[1].name, config.parents[1])

@@ -29,10 +29,11 @@ class UniPic2MicroLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=list(micro_model.available_models()),
-                    default=micro_model.BUNDLED,
+                    default=micro_model.DEFAULT_MODEL,
                     tooltip=(
-                        "Which micro model: the one that comes with the pack, or a folder in models/unipic2 that "
-                        "the trainer exported (transformer, vae, text_encoder, tokenizer)."
+                        "Which micro model: one that comes with the pack (micro is micro-pretrained after "
+                        "reinforcement learning), or a folder in models/unipic2 that the trainer exported "
+                        "(transformer, vae, text_encoder, tokenizer)."
                     ),
                 ),
             ],

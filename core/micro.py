@@ -11,7 +11,10 @@ IMAGE_SIZE = 64
 
 NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 1.5
-"""Sampling defaults of the micro model (scheduler: FlowMatchEuler with `SHIFT`; ComfyUI: euler + normal)."""
+"""Sampling defaults of the micro models (scheduler: FlowMatchEuler with `SHIFT`; ComfyUI: euler + normal)."""
+
+EDIT_GUIDANCE_SCALE = 1.0
+"""Edits by `micro`, which PDTR trained without guidance, at half the time; those of `micro-pretrained` want 1.5."""
 
 SHIFT = 3.0
 """Timestep shift of training and sampling. SD3's own value, so ComfyUI needs no extra node."""
@@ -52,6 +55,10 @@ VAE_CONFIG = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
 """TAESD architecture (diffusers `AutoencoderTiny`): its latents are already what the transformer reads."""
 
 
-def weights_dir() -> Path:
-    """Return the folder of the bundled micro weights, in the published layout (`transformer/`, `vae/`, ...)."""
-    return Path(__file__).resolve().parent.parent / "weights" / "micro"
+BUNDLED_MODELS = ("micro", "micro-pretrained")
+"""Names of the bundled weights: after PDTR, and what PDTR started from."""
+
+
+def weights_dir(name: str = "micro") -> Path:
+    """Return the folder of one of `BUNDLED_MODELS`, in the published layout (`transformer/`, `vae/`, ...)."""
+    return Path(__file__).resolve().parent.parent / "weights" / name

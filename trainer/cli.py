@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a model").add_subparsers(dest="benchmark", required=True)
     micro = evaluate.add_parser("micro", help="held-out prompts and edits of the micro world, judged by the verifier")
-    micro.add_argument("--model", default="micro", help="pipeline folder, or `micro` for the bundled weights")
+    micro.add_argument(
+        "--model",
+        default="micro",
+        help="pipeline folder, or bundled weights: micro (default, after PDTR) or micro-pretrained",
+    )
     micro.add_argument("--out", type=Path, required=True, help="folder for results.json and results.png")
     micro.add_argument("--n", type=int, default=256, help="prompts, and as many edits (default 256)")
     micro.add_argument("--seed", type=int, default=1234, help="seed of tasks and noise (default 1234)")
@@ -213,7 +217,6 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..core.files import write_file
-    from ..core.micro import weights_dir
     from .kontext_pipeline import StableDiffusion3KontextPipeline
     from .micro.evaluate import evaluate
     from .micro.sheet import result_sheet
@@ -221,8 +224,7 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
 
     _check_folder(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    folder = weights_dir() if arguments.model == "micro" else Path(arguments.model)
-    pipeline = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3KontextPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
     sampling = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     results, drawn = evaluate(pipeline, arguments.n, arguments.seed, **sampling)

@@ -8,7 +8,9 @@ from .kontext_config import EXPORT_DTYPES, KontextConfig
 from .rollouts import DYNAMICS, KL_SCALINGS, SDE_WINDOWS
 
 POLICY_GRADIENTS = ("flow_grpo", "grpo_guard")
-ESTIMATORS = (*POLICY_GRADIENTS, "diffusion_nft", "awm")
+MATCHING = ("diffusion_nft", "awm")
+ESTIMATORS = (*POLICY_GRADIENTS, *MATCHING)
+OLD_POLICIES = ("current", "average")
 EPSILONS = {"flow_grpo": 1e-4, "grpo_guard": 2e-6, "diffusion_nft": 0.0, "awm": 1.0}
 """Clip ranges as published, by estimator; diffusion_nft has none."""
 
@@ -75,6 +77,13 @@ class FlowGRPOConfig(KontextConfig):
         default=3,
         metadata={"help": "diffusion_nft, awm: noise levels of the schedule that each picture is learned at."},
     )
+    old_policy: str = field(
+        default="current",
+        metadata={
+            "help": "diffusion_nft, awm: what draws the pictures, and what losses compare with: the current weights, "
+            "or their average, which is DiffusionNFT's slow copy and steadier; it wants an ema_decay of 0.5 to 0.9."
+        },
+    )
     nft_beta: float = field(default=1.0, metadata={"help": "diffusion_nft: how far good and bad lie from the model."})
     awm_power: float = field(default=0.25, metadata={"help": "awm: power of its generalised Huber function."})
     noise_weighting: bool = field(
@@ -96,7 +105,7 @@ class FlowGRPOConfig(KontextConfig):
         for name, known in (
             ("estimator", ESTIMATORS), ("kl_scaling", KL_SCALINGS), ("scale_rewards", SCALE_REWARDS),
             ("multi_objective_aggregation", AGGREGATIONS), ("dynamics", DYNAMICS), ("sde_window", SDE_WINDOWS),
-            ("storage_dtype", EXPORT_DTYPES),
+            ("storage_dtype", EXPORT_DTYPES), ("old_policy", OLD_POLICIES),
         ):  # fmt: skip
             check_one_of(name, getattr(self, name), known)
         check_share("edit_ratio", self.edit_ratio)
@@ -125,6 +134,9 @@ class FlowGRPOConfig(KontextConfig):
                 found=f"{self.num_generations} for {pictures} pictures of a process's generation",
                 expected="whole groups: per_device_train_batch_size * steps_per_generation a multiple of it",
             )
+        if self.old_policy == "average" and (self.estimator not in MATCHING or not self.use_ema):
+            found = f"average with {'use_ema: false' if not self.use_ema else f'estimator {self.estimator}'}"
+            raise InputError("old_policy", found=found, expected="current, or diffusion_nft or awm with use_ema")
         for name in ("eta", "nft_beta", "awm_power"):
             if not getattr(self, name) > 0:
                 raise InputError(name, found=getattr(self, name), expected="a number above 0")

@@ -11,6 +11,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -114,9 +115,8 @@ class FlowGRPOTrainer(KontextTrainer):
             self.reference = copy.deepcopy(pipeline.transformer).requires_grad_(False).eval()
         self.learner = (NoisySteps if args.estimator in POLICY_GRADIENTS else Matching)(self)
         # The old model is the one that is trained while a generation has trained nothing yet.
-        self._on_policy = (
-            args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
-        )
+        whole = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
+        self._on_policy = whole and args.old_policy == "current"
 
     @property
     def _repeats(self) -> int:
@@ -152,8 +152,13 @@ class FlowGRPOTrainer(KontextTrainer):
         order = self._generation["batches"][place % self.args.steps_per_generation]
         return super().training_step(model, self._batch(order), num_items_in_batch)
 
-    @torch.no_grad()
     def _generate(self, inputs: dict) -> dict:
+        """Return everything about a process's pictures, drawn by the old policy."""
+        with self.averaged_weights() if self.args.old_policy == "average" else nullcontext():
+            return self._draw(inputs)
+
+    @torch.no_grad()
+    def _draw(self, inputs: dict) -> dict:
         """Return everything about a process's pictures: N samples, S noisy steps."""
         args, device, rows = self.args, self.args.device, inputs["rows"]
         for row in rows:

@@ -93,6 +93,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "edit_ratio": args.edit_ratio,
         "reward_funcs": script_args.reward_funcs,
         "estimator": args.estimator,
+        "old_policy": args.old_policy,
         "num_generations": args.num_generations,
     }
     check_identity(args, identity, resumed)

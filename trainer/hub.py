@@ -7,13 +7,21 @@ import yaml
 from huggingface_hub import HfApi
 
 from ..core.errors import InputError
+from ..core.micro import BUNDLED_MODELS
+from .flow_grpo_config import MATCHING, POLICY_GRADIENTS
 
 _SHOWN = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "muon_learning_rate",
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
     "contrastive_weight", "caption_dropout", "edit_caption_dropout", "estimator", "num_generations", "dynamics", "eta",
-    "num_inference_steps", "guidance_scale", "beta", "ema_decay", "seed",
+    "old_policy", "nft_beta", "awm_power", "train_timesteps", "num_inference_steps", "guidance_scale", "beta",
+    "ema_decay", "seed",
 )  # fmt: skip
+_OF_ESTIMATORS = {
+    "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "old_policy": MATCHING, "train_timesteps": MATCHING,
+    "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
+}  # fmt: skip
+"""Settings that these estimators alone read."""
 _USE_LORA = """`comfyui_lora.safetensors` goes into ComfyUI's `models/loras`, for the stock LoRA loaders.
 `pytorch_lora_weights.safetensors` holds the same weights for diffusers' `load_lora_weights`."""
 _USE_MODEL = """The folder is in the published layout:
@@ -44,12 +52,14 @@ def model_card(
         method: what it was trained with.
     """
     head: dict = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
-    if not Path(base).exists():  # a repository; where a folder lay is nobody's business
+    if not Path(base).exists() and base not in BUNDLED_MODELS:  # a repository; where a folder lay is nobody's business
         head["base_model"] = base
     head["tags"] = ["text-to-image", "image-to-image", "unipic2", *(["lora"] if lora else [])]
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in datasets)
     settings = {setting.name for setting in fields(args)}
-    rows = [f"| {name} | {getattr(args, name)} |" for name in _SHOWN if name in settings]
+    estimator = getattr(args, "estimator", None)
+    shown = [name for name in _SHOWN if name in settings and estimator in _OF_ESTIMATORS.get(name, (estimator,))]
+    rows = [f"| {name} | {getattr(args, name)} |" for name in shown]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",

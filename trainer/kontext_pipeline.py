@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 from ..core.checkpoint import cast_file, check_transformer_config, component_files, config_disagrees, read_header
 from ..core.errors import InputError, check_one_of
 from ..core.files import PIPELINE_INDEX, write_file
+from ..core.micro import BUNDLED_MODELS, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from ..core.sizes import fit_size, nearest_valid_size
@@ -187,11 +188,15 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
 
     @classmethod
     def find_folder(cls, name: str | Path, kwargs: dict | None = None) -> Path:
-        """Return the folder of a pipeline; a hub repository is downloaded, but for the components in `kwargs`.
+        """Return the folder of a pipeline: bundled weights by name, a folder, or a hub repository.
+
+        The latter is downloaded, but for the components in `kwargs`. A folder of a bundled model's name is `./micro`.
 
         Raises:
             InputError: neither is there.
         """
+        if name in BUNDLED_MODELS:
+            return weights_dir(name)
         folder = Path(name)
         if folder.is_dir():
             return folder

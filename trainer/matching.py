@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Matching:
     """What is kept of pictures, and the loss of a batch.
 
-    The old model is the one that drew the pictures, on the same noise; DiffusionNFT's slow copy of it is not kept.
+    The old model is the one that drew the pictures (`old_policy`), on the same noise.
 
     Args:
         trainer: whose model, settings and notes are used.

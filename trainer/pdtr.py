@@ -337,7 +337,12 @@ def _card(stages: list[tuple[PDTRArguments, FlowGRPOConfig]], output_dir: Path) 
     rows = [
         f"| {' | '.join([stage, *(_figure(tasks.get(task)) for task in TASKS)])} |" for stage, tasks in figures.items()
     ]
-    head = ["## Both tasks after each stage", "", "Strict accuracy, interval of 95 %:", "", "| stage | t2i | edit |"]
+    settings = stages[0][0]
+    measured = (
+        f"Strict accuracy on {settings.eval_n} held-out samples of each (seed {settings.eval_seed}, "
+        f"{settings.eval_inference_steps} steps, guidance {settings.eval_guidance_scale:g}), interval of 95 %:"
+    )
+    head = ["## Both tasks after each stage", "", measured, "", "| stage | t2i | edit |"]
     return "\n".join([card, *head, "|---|---|---|", *rows, ""])
 
 

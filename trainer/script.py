@@ -36,7 +36,11 @@ class ScriptArguments:
     """What is trained and on what."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Pipeline to start from: a folder in the published layout, or a hub repository."}
+        default="",
+        metadata={
+            "help": "Pipeline to start from: a folder in the published layout, a hub repository, or bundled weights: "
+            "micro or micro-pretrained."
+        },
     )
     dataset_name: list[str] = field(
         default_factory=lambda: [MICRO],
@@ -103,7 +107,7 @@ def parse_settings(argv: list[str], script_class: type, config_class: type, meth
         remedy = _suggest(str(error), [f.name for cls in (script_class, config_class) for f in fields(cls)])
         raise InputError("training settings", found=str(error), remedy=remedy) from None
     if not script_args.model_name_or_path:
-        remedy = "`unipic2 micro make` builds a micro model from nothing."
+        remedy = "`micro-pretrained` is a small one to try things with."
         raise InputError("model_name_or_path", found="nothing", expected="a pipeline folder", remedy=remedy)
     if MICRO in script_args.dataset_name and len(script_args.dataset_name) > 1:
         raise InputError("dataset_name", found=", ".join(script_args.dataset_name), expected="micro alone, or others")

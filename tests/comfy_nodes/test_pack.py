@@ -41,10 +41,10 @@ def test_every_node_and_socket_is_explained(comfyui, name):
     assert all(info["output_tooltips"])
 
 
-def test_loader_offers_the_bundled_model_and_the_folders(comfyui):
+def test_loader_offers_the_bundled_models_and_the_folders(comfyui):
     kind, options = comfyui[1]["object_info"]["UniPic2MicroLoader"]["input"]["required"]["model"]
     choices = options["options"] if kind == "COMBO" else kind
-    assert choices[0] == "micro (bundled)"
+    assert choices[:2] == ["micro (bundled)", "micro-pretrained (bundled)"]
     assert "random" in choices
 
 

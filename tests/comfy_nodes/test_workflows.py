@@ -72,7 +72,8 @@ def test_sampling_values(workflow, comfyui):
     sampler = nodes["KSampler"]
     assert (sampler["sampler_name"], sampler["scheduler"], sampler["denoise"]) == ("euler", "normal", 1.0)
     is_micro = "UniPic2MicroLoader" in nodes
-    steps, cfg = (micro.NUM_INFERENCE_STEPS, micro.GUIDANCE_SCALE) if is_micro else (50, 3.5)
+    guidance = micro.EDIT_GUIDANCE_SCALE if "UniPic2EditImageSize" in nodes else micro.GUIDANCE_SCALE
+    steps, cfg = (micro.NUM_INFERENCE_STEPS, guidance) if is_micro else (50, 3.5)
     assert (sampler["steps"], sampler["cfg"]) == (steps, cfg)
     if "EmptySD3LatentImage" in nodes:
         size = (nodes["EmptySD3LatentImage"]["width"], nodes["EmptySD3LatentImage"]["height"])

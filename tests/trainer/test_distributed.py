@@ -79,7 +79,7 @@ def falling(prompts, images, **columns):
 """
 
 
-@pytest.mark.parametrize("estimator", ["flow_grpo", "awm"])
+@pytest.mark.parametrize("estimator", ["flow_grpo", "awm --old_policy average"])
 def test_groups_stay_whole_over_two_processes(tmp_path, make_small_pipeline, tone, estimator):
     """Rewards are of the same groups, so two processes train what one does that draws both generations itself."""
     model = tmp_path / "model"

@@ -250,6 +250,45 @@ def test_old_velocities_are_those_of_the_model_that_drew(make_trainer, estimator
     assert max((one[n] - two[n]).abs().max() for n in one) < 1e-6
 
 
+@pytest.mark.parametrize("estimator", ["diffusion_nft", "awm"])
+def test_the_old_policy_may_be_the_average(make_trainer, estimator):
+    """Pictures and old velocities are of the average; the weights that are trained come back afterwards."""
+    settings = {"estimator": estimator, "old_policy": "average", "max_steps": 3, "learning_rate": 3e-3}
+    trainer = make_trainer(ema_decay=0.9, **settings)
+    generate, draw = trainer._generate, trainer._draw
+    trained_ones, old_ones, generations = [], [], []
+
+    def watch_generate(inputs):
+        trained_ones.append(weights(trainer))
+        generations.append((inputs, generate(inputs)))
+        assert not differences(weights(trainer), trained_ones[-1])
+        return generations[-1][1]
+
+    def watch_draw(inputs):
+        old_ones.append(weights(trainer))
+        averages = dict(zip(trainer.ema.names, trainer.ema.ema.shadow_params, strict=True))
+        assert not differences(old_ones[-1], averages)
+        return draw(inputs)
+
+    trainer._generate, trainer._draw = watch_generate, watch_draw
+    trained(trainer)
+    moved = [max((old[n] - new[n]).abs().max() for n in old) for old, new in zip(old_ones, trained_ones, strict=True)]
+    assert moved[0] == 0 and moved[2] > 1e-4
+    assert not trainer._on_policy
+    # The same draw by a model that is the average: pictures and what the loss compares with are the same.
+    inputs, generation = generations[2]
+    trainer.trained_model().load_state_dict(old_ones[2], strict=False)
+    again = draw(inputs)["kept"]
+    for name in ("latents", "old"):
+        torch.testing.assert_close(again[name], generation["kept"][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "flow_grpo"}, {"estimator": "awm", "use_ema": False}], ids=str)
+def test_the_average_as_old_policy_needs_matching_and_an_average(make_trainer, settings):
+    with pytest.raises(InputError, match="old_policy: found average with"):
+        make_trainer(old_policy="average", **settings)
+
+
 def test_matching_is_held_by_the_distance_to_the_start(make_trainer):
     settings = {"estimator": "diffusion_nft", "max_steps": 6, "learning_rate": 3e-3}
     free = trained(make_trainer("free", **settings))
@@ -266,6 +305,7 @@ def test_matching_is_held_by_the_distance_to_the_start(make_trainer):
         {"num_iterations": 2},
         {"peft": True, "beta": 0.1},
         {"estimator": "diffusion_nft", "num_iterations": 2},
+        {"estimator": "diffusion_nft", "old_policy": "average", "ema_decay": 0.8},
         {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "dataset": MicroTasks(5, 5)},
     ],
     ids=str,

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from unipic2.core.errors import InputError
-from unipic2.trainer import hub
+from unipic2.trainer import FlowGRPOConfig, hub
 from unipic2.trainer.pretrain import main, parse, pretrain
 
 
@@ -56,6 +56,15 @@ def test_a_card_names_the_repository_it_started_from(argv):
     text = hub.model_card("x", "Skywork/UniPic2-SD3.5M-Kontext-2B", ["someone/data"], args, 7, lora=False)
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Skywork/UniPic2-SD3.5M-Kontext-2B"
     assert "7 steps on someone/data" in text
+
+
+def test_a_card_has_the_settings_of_its_estimator_and_no_bundled_base(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "old_policy": "average", "num_generations": 2}
+    args = FlowGRPOConfig(estimator="diffusion_nft", **settings)
+    text = hub.model_card("x", "micro-pretrained", ["micro"], args, 7, lora=False)
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+    assert "| old_policy | average |" in text and "| nft_beta | 1.0 |" in text
+    assert "| eta |" not in text and "| awm_power |" not in text
 
 
 def test_the_export_alone_is_pushed(argv, uploads, capsys):

@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from unipic2.core.errors import InputError
+from unipic2.core.micro import BUNDLED_MODELS, weights_dir
 from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
+from unipic2.trainer.kontext_pipeline import check_pipeline_folder
 from unipic2.trainer.micro.codec import sample_scenes
 from unipic2.trainer.micro.world import render
 
@@ -134,6 +137,24 @@ def error_of(folder, **options) -> str:
     with pytest.raises(InputError) as caught:
         load(folder, **options)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_weights_have_names(name, tmp_path, monkeypatch):
+    """They mean the same in every folder; a path with a slash is one's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    assert folder == weights_dir(name)
+    check_pipeline_folder(folder)
+    assert StableDiffusion3KontextPipeline.find_folder(f"./{name}") == Path(name)
+
+
+def test_the_bundled_models_differ_in_the_transformer_alone():
+    """PDTR trains nothing else."""
+    for file in sorted(weights_dir("micro-pretrained").rglob("*.safetensors")):
+        other = weights_dir() / file.relative_to(weights_dir("micro-pretrained"))
+        assert (file.read_bytes() == other.read_bytes()) == (file.parent.name != "transformer"), file
 
 
 def test_a_missing_folder(tmp_path, monkeypatch):
