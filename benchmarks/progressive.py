@@ -16,6 +16,7 @@ from pathlib import Path
 
 import unipic2
 import yaml
+from unipic2.trainer.interference import INTERFERENCE_FILE, figure_text
 
 CONFIG = Path(unipic2.__file__).parent / "trainer" / "configs" / "pdtr_micro.yaml"
 ORDERS = {
@@ -65,12 +66,9 @@ def run(order: str, seed: int, arguments: argparse.Namespace) -> None:
     command = ["train", "pdtr", "--config", str(path), "--model_name_or_path", "micro-pretrained"]
     command = [sys.executable, "-m", "unipic2.cli", *command, "--output_dir", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    figures = json.loads((folder / "interference.json").read_text(encoding="utf-8"))
+    figures = json.loads((folder / INTERFERENCE_FILE).read_text(encoding="utf-8"))
     for stage, tasks in figures.items():
-        shown = "  ".join(
-            f"{task} {entry['strict']:.3f} ({entry['interval'][0]:.3f} to {entry['interval'][1]:.3f})"
-            for task, entry in tasks.items()
-        )
+        shown = "  ".join(f"{task} {figure_text(entry)}" for task, entry in tasks.items())
         print(f"{order:9} seed {seed}  {stage:8} {shown}", flush=True)
 
 

@@ -4,9 +4,9 @@
 
 Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
 weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
-as published: noise in all steps but the last, guidance and KL in training; `nft` is that of `pdtr_micro.yaml`, and
-`nft_current` has the current weights draw. Further flags are those of
-`unipic2 train grpo`, for all methods.
+as published: noise in all steps but the last, guidance and KL in training; `nft` is that of the first stage of
+`pdtr_micro.yaml`, and `nft_current` has the current weights draw. Further flags are those of `unipic2 train grpo`, for
+all methods.
 """
 
 import argparse

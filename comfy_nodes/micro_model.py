@@ -22,7 +22,8 @@ from ..core.errors import InputError
 from ..core.micro import BUNDLED_MODELS, TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
 
 FOLDER_KEY = "unipic2"
-DEFAULT_MODEL = "micro (bundled)"
+_BUNDLED = {f"{name} (bundled)": weights_dir(name) for name in BUNDLED_MODELS}
+DEFAULT_MODEL = next(iter(_BUNDLED))
 CLIP_KEY = "unipic2_micro"
 """Key of the micro tokens in what `clip.tokenize` returns."""
 
@@ -34,7 +35,7 @@ def register_folder() -> None:
 
 def available_models() -> dict[str, Path]:
     """Return name -> folder: the bundled models first, then every folder in `models/unipic2` with a transformer."""
-    found = {f"{name} (bundled)": weights_dir(name) for name in BUNDLED_MODELS}
+    found = dict(_BUNDLED)
     for base in folder_paths.get_folder_paths(FOLDER_KEY):
         for config in sorted(Path(base).glob("*/transformer/config.json")):
             found.setdefault(config.parents[1].name, config.parents[1])

@@ -111,8 +111,8 @@ def reward_held_out(
             columns = columns_of(samples)
             scores = asyncio.run(score(rewards, [s["prompt"] for s in samples], images, columns)).rewards
             share = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64).expand_as(scores)
-            known = ~scores.isnan()
-            soft = ((scores.nan_to_num() * share).sum(1) / (known * share.abs()).sum(1)).numpy()
+            applies = ~scores.isnan()
+            soft = ((scores.nan_to_num() * share).sum(1) / (applies * share.abs()).sum(1)).numpy()
             if np.isnan(soft).all():  # no reward is for this task
                 continue
             strict = np.where(np.isnan(soft), np.nan, soft >= strict_reward)

@@ -89,6 +89,14 @@ def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict
     return found
 
 
+def figure_text(entry: dict | None) -> str:
+    """Return a task's figures of one stage as text, such as `0.716 (0.687 to 0.743)`; `-` where there are none."""
+    if entry is None:
+        return "-"
+    low, high = entry["interval"]
+    return f"{entry['strict']:.3f} ({low:.3f} to {high:.3f})"
+
+
 def write_matrix(path: Path, found: dict[str, dict[str, dict]]) -> None:
     """Write the matrix as JSON, as a whole or not at all."""
     write_file(path, json.dumps(found, indent=2) + "\n")

@@ -21,7 +21,7 @@ from .flow_grpo_config import FlowGRPOConfig
 from .gates import GATE_ACTIONS, GateCallback
 from .grpo import GRPOArguments, check_task, grpo, load_rows
 from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_out
-from .interference import INTERFERENCE_FILE, matrix, write_matrix
+from .interference import INTERFERENCE_FILE, figure_text, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
 from .script import MICRO, finish, load_pipeline, parse_settings, stages_card
@@ -335,7 +335,8 @@ def _card(stages: list[tuple[PDTRArguments, FlowGRPOConfig]], output_dir: Path) 
     card = stages_card(stages, output_dir, "PDTR, staged online reinforcement learning", counted)
     figures = json.loads((output_dir / INTERFERENCE_FILE).read_text(encoding="utf-8"))
     rows = [
-        f"| {' | '.join([stage, *(_figure(tasks.get(task)) for task in TASKS)])} |" for stage, tasks in figures.items()
+        f"| {' | '.join([stage, *(figure_text(tasks.get(task)) for task in TASKS)])} |"
+        for stage, tasks in figures.items()
     ]
     settings = stages[0][0]
     measured = (
@@ -344,10 +345,3 @@ def _card(stages: list[tuple[PDTRArguments, FlowGRPOConfig]], output_dir: Path) 
     )
     head = ["## Both tasks after each stage", "", measured, "", "| stage | t2i | edit |"]
     return "\n".join([card, *head, "|---|---|---|", *rows, ""])
-
-
-def _figure(entry: dict | None) -> str:
-    if entry is None:
-        return "-"
-    low, high = entry["interval"]
-    return f"{entry['strict']:.3f} ({low:.3f} to {high:.3f})"
