@@ -8,7 +8,6 @@ from pathlib import Path
 import comfy.clip_model
 import comfy.latent_formats
 import comfy.model_detection
-import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.taesd.taesd
@@ -20,6 +19,7 @@ from comfy.supported_models_base import ClipTarget
 from ..core.checkpoint import check_transformer_config, read_component
 from ..core.errors import InputError
 from ..core.micro import BUNDLED_MODELS, TEXT_ENCODER_CONFIG, VAE_CONFIG, weights_dir
+from . import micro_qwen
 
 FOLDER_KEY = "unipic2"
 _BUNDLED = {f"{name} (bundled)": weights_dir(name) for name in BUNDLED_MODELS}
@@ -51,7 +51,7 @@ def load(folder: Path):
     """
     model, width = _load_transformer(folder / "transformer")
     clip, context_width = _load_text_encoder(folder)
-    if context_width != width:
+    if context_width not in (width, None):
         raise InputError(
             f"text encoder in {folder}", found=f"hidden_size {context_width}", expected=f"{width} (the transformer's)"
         )
@@ -84,9 +84,13 @@ def _load_transformer(path):
 
 
 def _load_text_encoder(folder):
+    """Return the CLIP and the width of its states; None where a connector stands between them and the transformer."""
     path = folder / "text_encoder"
     config_path = path / "config.json"
-    config = {**TEXT_ENCODER_CONFIG, **_read_config(config_path)}
+    config = _read_config(config_path)
+    if config.get("model_type") == micro_qwen.MODEL_TYPE:
+        return _load_qwen(folder, config, config_path), None
+    config = {**TEXT_ENCODER_CONFIG, **config}
     missing = [key for key in ("vocab_size", "bos_token_id", "eos_token_id") if not isinstance(config.get(key), int)]
     if missing:
         raise InputError(f"{config_path}", found=f"no {', '.join(missing)}", expected="a CLIP text model's config")
@@ -95,22 +99,40 @@ def _load_text_encoder(folder):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         _require_file(folder / "tokenizer" / name)
     weights = read_component(path)
-    expected = _TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict()
+    expected = _TextModel(config, None, "meta", torch.nn).state_dict()  # ComfyUI's layers may have none before loading
     _check_tensors(path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
 
+    clip = _clip(_clip_target(folder / "tokenizer", config), weights, weights["text_projection.weight"].dtype)
+    return clip, config["hidden_size"]
+
+
+def _load_qwen(folder, config, config_path):
+    sizes = micro_qwen.read_config(config, config_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _require_file(folder / "tokenizer" / name)
+    weights = read_component(folder / "text_encoder")
+    expected = micro_qwen.tensors(sizes)
+    _check_tensors(folder / "text_encoder", {k: tuple(t.shape) for k, t in weights.items()}, expected)
+    pad = config["text_config"].get("pad_token_id")
+    target = micro_qwen.target(folder / "tokenizer", sizes, 0 if pad is None else pad)
+    return _clip(target, weights, weights["model.embed_tokens.weight"].dtype)
+
+
+def _clip(target, weights, dtype):
+    """Return ComfyUI's CLIP of a target with its weights."""
     arguments = {
         "embedding_directory": folder_paths.get_folder_paths("embeddings"),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
-        "model_options": {"dtype": weights["text_projection.weight"].dtype},
+        "model_options": {"dtype": dtype},
     }
     # ComfyUI loads the weights in the constructor from 0.4 on; before that afterwards.
     in_constructor = "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
     if in_constructor:
         arguments["state_dict"] = [weights]
-    clip = comfy.sd.CLIP(_clip_target(folder / "tokenizer", config), **arguments)
+    clip = comfy.sd.CLIP(target, **arguments)
     if not in_constructor:
         clip.load_sd(weights)
-    return clip, config["hidden_size"]
+    return clip
 
 
 def _clip_target(tokenizer_folder, config):

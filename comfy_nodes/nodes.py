@@ -6,10 +6,12 @@ from comfy_api.latest import io
 
 from ..core.errors import InputError
 from ..core.micro import IMAGE_SIZE, MAX_TOKENS
+from ..core.prompts import POSITIONS
 from ..core.sizes import MAX_EDGE
-from . import kontext, micro_model, pictures, text
+from . import kontext, metaquery, micro_model, pictures, text
 
 CATEGORY = "UniPic2"
+Connector = io.Custom("UNIPIC2_CONNECTOR")
 
 
 class UniPic2MicroLoader(io.ComfyNode):
@@ -236,5 +238,173 @@ class UniPic2Reference(io.ComfyNode):
         )
 
 
-NODES = [UniPic2MicroLoader, UniPic2EnableEditing, UniPic2TextEncode, UniPic2EditImageSize, UniPic2Reference]
+class UniPic2ConnectorLoader(io.ComfyNode):
+    """Load MetaQuery's queries and connector."""
+
+    NAME = "UniPic2 Load Connector"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UniPic2ConnectorLoader",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=(
+                "Load the queries and the connector of UniPic2-MetaQuery, which turn what Qwen2.5-VL understood into "
+                "what the transformer reads as text."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "connector",
+                    options=list(metaquery.available_connectors()),
+                    tooltip=(
+                        "A file in models/model_patches (the published conditioner's safetensors), or the connector "
+                        "of a micro model."
+                    ),
+                ),
+            ],
+            outputs=[Connector.Output(display_name="CONNECTOR", tooltip="For UniPic2 MetaQuery Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, connector) -> io.NodeOutput:
+        connectors = metaquery.available_connectors()
+        if connector not in connectors:
+            raise InputError(
+                f"{cls.NAME}, connector",
+                found=repr(connector),
+                expected=" or ".join(map(repr, connectors)) or "a file",
+                remedy="Put the conditioner's safetensors file into models/model_patches and press R to refresh.",
+            )
+        return io.NodeOutput(metaquery.load_connector(connectors[connector]))
+
+
+class UniPic2MetaQueryEncode(io.ComfyNode):
+    """Encode both prompts through Qwen2.5-VL and the connector."""
+
+    NAME = "UniPic2 MetaQuery Encode"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UniPic2MetaQueryEncode",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=(
+                "Encode prompt and negative prompt through Qwen2.5-VL and MetaQuery's connector. With a picture the "
+                "language model sees what is to be edited; put UniPic2 Reference behind it for the edit itself."
+            ),
+            inputs=[
+                io.Clip.Input("clip", tooltip="Qwen2.5-VL from Load CLIP (the file of Qwen-Image, fp8 and GGUF too)."),
+                Connector.Input("connector", tooltip="Queries and connector, trained for this Qwen2.5-VL."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to draw, or which change to make. Plain words: (word:1.2) is read as it stands.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to move away from; its effect grows with the sampler's cfg. Empty: unconditional.",
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=list(POSITIONS),
+                    default=POSITIONS[0],
+                    tooltip=(
+                        "How the picture's tokens are numbered: 1d as the published model was run, mrope by rows and "
+                        "columns, for models that were trained so."
+                    ),
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "The picture to edit, at the size it is drawn at (UniPic2 Edit Image Size with multiple 32). "
+                        "A batch of N pictures gives N edits. Nothing: text-to-image."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The encoded prompt."),
+                io.Conditioning.Output(display_name="negative", tooltip="The encoded negative prompt."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, connector, prompt, negative_prompt, positions, image=None) -> io.NodeOutput:
+        prompts = (prompt, negative_prompt)
+        return io.NodeOutput(*metaquery.encode(clip, connector, prompts, image, positions, cls.NAME))
+
+
+class UniPic2Understand(io.ComfyNode):
+    """Ask Qwen2.5-VL about a picture."""
+
+    NAME = "UniPic2 Understand"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UniPic2Understand",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=(
+                "Ask the Qwen2.5-VL of UniPic2-MetaQuery about a picture, by ComfyUI's own text generation. The "
+                "answer can drive an instruction."
+            ),
+            inputs=[
+                io.Clip.Input("clip", tooltip="Qwen2.5-VL from Load CLIP, or of a micro model."),
+                io.String.Input(
+                    "question",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="Describe the image in detail.",
+                    tooltip="What to ask. Markup of chats in it is read as text.",
+                ),
+                io.Combo.Input(
+                    "lm_head",
+                    options=metaquery.available_heads(),
+                    default=metaquery.TIED,
+                    tooltip=(
+                        "Where the output layer comes from. Qwen2.5-VL-7B: the same file as in Load CLIP, which "
+                        "leaves that layer out. Micro models: none, theirs is the embedding."
+                    ),
+                ),
+                io.Int.Input("max_length", default=256, min=1, max=8192, tooltip="Tokens of the answer at most."),
+                io.Float.Input(
+                    "temperature",
+                    default=0.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="0 takes the likeliest word each time; above it, answers vary with the seed.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**64 - 1, tooltip="Of the draws under temperature above 0."
+                ),
+                io.Image.Input("image", optional=True, tooltip="The picture asked about; of a batch the first one."),
+            ],
+            outputs=[io.String.Output(display_name="answer", tooltip="The answer, without markup.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, question, lm_head, max_length, temperature, seed, image=None) -> io.NodeOutput:
+        sampling = {"do_sample": temperature > 0, "temperature": temperature, "top_k": 50, "top_p": 0.9, "seed": seed}
+        return io.NodeOutput(metaquery.answer(clip, question, image, lm_head, max_length, sampling, cls.NAME))
+
+
+NODES = [
+    UniPic2MicroLoader,
+    UniPic2EnableEditing,
+    UniPic2TextEncode,
+    UniPic2EditImageSize,
+    UniPic2Reference,
+    UniPic2ConnectorLoader,
+    UniPic2MetaQueryEncode,
+    UniPic2Understand,
+]
 """In menu order."""

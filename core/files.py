@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -54,3 +55,16 @@ def check_replaceable(folder: Path) -> None:
         found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX} or {COMFYUI_LORA}"
         expected = "a new folder, an empty one, or an exported pipeline or LoRA, which is replaced"
         raise InputError(f"output {folder}", found=found, expected=expected)
+
+
+def read_json(path: Path, expected: str) -> dict:
+    """Return a JSON object. Raises InputError, saying what was expected, where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"file {path}", found="no such file", expected=expected) from None
+    except ValueError as error:
+        raise InputError(f"file {path}", found=f"broken JSON ({error})", expected=expected) from None
+    if not isinstance(content, dict):
+        raise InputError(f"file {path}", found=f"{type(content).__name__} instead of an object", expected=expected)
+    return content

@@ -54,6 +54,33 @@ TRANSFORMER_CONFIG = {
 VAE_CONFIG = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
 """TAESD architecture (diffusers `AutoencoderTiny`): its latents are already what the transformer reads."""
 
+QWEN_TEXT_CONFIG = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+    "max_position_embeddings": 1024,
+}
+QWEN_VISION_CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "depth": 4,
+    "num_heads": 2,
+    "fullatt_block_indexes": [1, 3],
+}
+"""Micro Qwen2.5-VL: the published classes, heads 64 wide; a picture of 64x64 pixels is seen at 56x56, four tokens."""
+
+CONNECTOR_CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+NUM_QUERIES = 16
+"""The connector of the micro MetaQuery model, and its queries: about as many as a micro prompt has tokens."""
 
 BUNDLED_MODELS = ("micro", "micro-pretrained")
 """Names of the bundled weights: after PDTR, and what PDTR started from."""

@@ -4,7 +4,16 @@ The VAE shrinks by 8 and the transformer reads patches of 2 latents, so 16 pixel
 32 is what UniPic2's published scripts use.
 """
 
+import math
+
 from .errors import InputError
+
+VISION_UNIT = 28
+"""Pixels of a token's edge in Qwen2.5-VL: patches of 14, merged by twos."""
+_VISION_PIXELS = (
+    56 * 56,
+    12_845_056,
+)  # least and most that ComfyUI's and transformers' preprocessing leave as they are
 
 MAX_EDGE = 6144  # 384 position rows x 16 pixels: the end of SD3.5-Medium's position table
 
@@ -32,3 +41,44 @@ def fit_size(width: int, height: int, longer_edge: int = 512, multiple: int = 32
 def nearest_valid_size(width: int, height: int, multiple: int = 32) -> tuple[int, int]:
     """Return the nearest `(width, height)` in pixels whose edges are multiples of `multiple`, for error texts."""
     return tuple(max(multiple, int(edge / multiple + 0.5) * multiple) for edge in (width, height))
+
+
+def vision_size(width: int, height: int) -> tuple[int, int]:
+    """Return `(width, height)` in pixels at which Qwen2.5-VL sees a picture: exactly 28/32 of each edge, as published.
+
+    Raises:
+        InputError: an edge is no multiple of 32, or the picture is too small or too large for the vision encoder.
+    """
+    least, most = _VISION_PIXELS
+    small = tuple(edge * VISION_UNIT // 32 for edge in (width, height))
+    if width % 32 or height % 32 or not least <= small[0] * small[1] <= most:
+        nearest = nearest_valid_size(width, height)
+        raise InputError(
+            "picture for Qwen2.5-VL",
+            found=f"{width}x{height} pixels",
+            expected=f"edges that are multiples of 32 (nearest: {nearest[0]}x{nearest[1]}) and, at 28/32 of them, "
+            f"{least:,} to {most:,} pixels, such as 64x64 to 4096x4096",
+        )
+    return small
+
+
+def understanding_size(width: int, height: int) -> tuple[int, int]:
+    """Return `(width, height)` in pixels at which Qwen2.5-VL sees a picture it is asked about.
+
+    As its own processor has it: edges rounded to multiples of 28, scaled together where they are too few or too many.
+
+    Raises:
+        InputError: an edge is below 1 pixel, or one is more than 200 times as long as the other.
+    """
+    least, most = _VISION_PIXELS
+    if min(width, height) < 1 or max(width, height) > 200 * min(width, height):
+        expected = "at least 1x1, edges at most 200 times as long as each other"
+        raise InputError("picture for Qwen2.5-VL", found=f"{width}x{height} pixels", expected=expected)
+    edges = [round(edge / VISION_UNIT) * VISION_UNIT for edge in (width, height)]
+    if edges[0] * edges[1] > most:
+        scale = math.sqrt(width * height / most)
+        edges = [max(1, math.floor(edge / scale / VISION_UNIT)) * VISION_UNIT for edge in (width, height)]
+    elif edges[0] * edges[1] < least:
+        scale = math.sqrt(least / (width * height))
+        edges = [math.ceil(edge * scale / VISION_UNIT) * VISION_UNIT for edge in (width, height)]
+    return edges[0], edges[1]

@@ -231,8 +231,8 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 import unipic2.cli
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert set(unipic2.trainer.__all__) == {{
-    "FlowGRPOConfig", "FlowGRPOTrainer", "FlowMatchingConfig", "FlowMatchingTrainer", "SD3Transformer2DKontextModel",
-    "StableDiffusion3KontextPipeline",
+    "FlowGRPOConfig", "FlowGRPOTrainer", "FlowMatchingConfig", "FlowMatchingTrainer", "MetaQueryConfig",
+    "MetaQueryPipeline", "MetaQueryTrainer", "SD3Transformer2DKontextModel", "StableDiffusion3KontextPipeline",
 }}
 from unipic2.trainer import SD3Transformer2DKontextModel
 assert "diffusers" in sys.modules and "trl" not in sys.modules

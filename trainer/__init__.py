@@ -7,6 +7,9 @@ _EXPORTS = {
     "FlowGRPOTrainer": "flow_grpo_trainer",
     "FlowMatchingConfig": "flow_matching_config",
     "FlowMatchingTrainer": "flow_matching_trainer",
+    "MetaQueryConfig": "metaquery_config",
+    "MetaQueryPipeline": "metaquery_pipeline",
+    "MetaQueryTrainer": "metaquery_trainer",
     "SD3Transformer2DKontextModel": "kontext_transformer",
     "StableDiffusion3KontextPipeline": "kontext_pipeline",
 }

@@ -60,7 +60,8 @@ def prepare(transformer: torch.nn.Module, trainable: str, peft_config: LoraConfi
             transformer.add_adapter(peft_config)
     else:
         for name, parameter in transformer.named_parameters():
-            parameter.requires_grad_(trainable == "full" or ".attn." in name or ".attn2." in name)
+            in_attention = ".attn." in name or ".attn2." in name
+            parameter.requires_grad_(trainable == "full" or (trainable == "attention" and in_attention))
     cast_training_params(transformer, dtype=torch.float32)
 
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from ..core.errors import InputError, check_one_of, check_share
-from .micro import CODEC_STEPS, DECODER_STEPS
+from .micro import CODEC_STEPS, DECODER_STEPS, VLM_STEPS
 
-TRAIN_METHODS = ("pretrain", "grpo", "pdtr")
+TRAIN_METHODS = ("pretrain", "grpo", "pdtr", "metaquery")
 ACCELERATE_CONFIGS = ("ddp", "fsdp2", "zero2")
-_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1}
+_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1, "vlm_steps": 1}
 """Smallest values of whole numbers on the command line."""
 
 _TRAIN_HELP = """\
@@ -20,6 +20,7 @@ Methods:
   pretrain   flow matching on text-to-image and edits
   grpo       online reinforcement learning: groups of pictures, rewards, Flow-GRPO and its kin
   pdtr       the same in stages, with both tasks measured around each (Progressive Dual-Task Reinforcement)
+  metaquery  queries and connector behind a frozen Qwen2.5-VL, with or without the transformer
 
 Settings come from a YAML file and from flags; flags win, unknown names are errors:
   unipic2 train pretrain --config my.yaml --learning_rate 5e-4 --output_dir runs/a
@@ -96,6 +97,24 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--decoder-steps", type=int, default=DECODER_STEPS, help="more steps of its decoder (default %(default)s)"
     )
+    metaquery = world.add_parser(
+        "metaquery",
+        help="train the micro MetaQuery model: a small Qwen2.5-VL, then the connector, then all of it",
+        epilog="Further flags are those of `unipic2 train metaquery`.",
+    )
+    metaquery.add_argument(
+        "--out", type=Path, default=Path("runs/micro-metaquery"), help="folder of the model; replaces an older one"
+    )
+    metaquery.add_argument(
+        "--work", type=Path, default=None, help="folder for stages and logs (default OUT + '-work')"
+    )
+    metaquery.add_argument(
+        "--base", default="micro-pretrained", help="micro model whose transformer is taken (default %(default)s)"
+    )
+    metaquery.add_argument("--seed", type=int, default=0, help="the one seed of everything (default 0)")
+    metaquery.add_argument(
+        "--vlm-steps", type=int, default=VLM_STEPS, help="optimizer steps of Qwen2.5-VL (default %(default)s)"
+    )
     return parser
 
 
@@ -117,6 +136,15 @@ def main(argv: list[str]) -> int:
 
         work = arguments.work or arguments.out.with_name(f"{arguments.out.name}-work")
         results = make(arguments.out, work, arguments.seed, arguments.codec_steps, arguments.decoder_steps, rest)
+        _print_scores(results, arguments.out)
+        return 0
+    if arguments.command == "micro" and arguments.action == "metaquery":
+        from .micro.make_metaquery import make_metaquery
+
+        work = arguments.work or arguments.out.with_name(f"{arguments.out.name}-work")
+        results = make_metaquery(arguments.out, work, arguments.base, arguments.seed, arguments.vlm_steps, rest)
+        asked = results["questions"]
+        sys.stdout.write(f"questions: {asked['accuracy']:.3f} of {asked['n']} right\n")
         _print_scores(results, arguments.out)
         return 0
     if rest:
@@ -217,14 +245,14 @@ def _eval_micro(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..core.files import write_file
-    from .kontext_pipeline import StableDiffusion3KontextPipeline
     from .micro.evaluate import evaluate
     from .micro.sheet import result_sheet
+    from .script import open_model
     from .sheets import save_sheet
 
     _check_folder(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    pipeline = StableDiffusion3KontextPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
+    pipeline = open_model(arguments.model, torch_dtype=torch.float32)
     sampling = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     results, drawn = evaluate(pipeline, arguments.n, arguments.seed, **sampling)

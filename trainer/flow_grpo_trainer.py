@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from .advantages import advantages
 from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
 from .flow_grpo_config import POLICY_GRADIENTS, FlowGRPOConfig
-from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .kontext_pipeline import StableDiffusion3KontextPipeline, resized
 from .kontext_trainer import KontextTrainer
 from .matching import Matching
 from .noisy_steps import NoisySteps
@@ -167,11 +167,20 @@ class FlowGRPOTrainer(KontextTrainer):
         generator = torch.Generator().manual_seed(inputs["seed"])
         groups = torch.arange(len(rows)).repeat_interleave(args.num_generations)
         width, height = rows[0]["size"]
-        states, pooled = self.encode_text([row["prompt"] for row in rows], device)
+        is_edit = rows[0].get("source_image") is not None
+        pictures = None
+        if is_edit and self.pipeline.sees_pictures:
+            pictures = torch.stack([resized(row["source_image"], height, width) for row in rows])
+        states, pooled = self.encode_text([row["prompt"] for row in rows], device, pictures)
         generation = {"states": states[groups.to(device)], "pooled": pooled[groups.to(device)]}
         if args.guidance_scale > 1:
-            generation["empty"] = self.encode_text([""], device)
-        if rows[0].get("source_image") is not None:
+            # Guidance drops the words alone: each edit's empty prompt still sees its picture.
+            empty = self.encode_text([""] if pictures is None else [""] * len(rows), device, pictures)
+            generation["empty_states"], generation["empty_pooled"] = (
+                part.expand(len(groups), *part.shape[1:]) if pictures is None else part[groups.to(device)]
+                for part in empty
+            )
+        if is_edit:
             self.pipeline.vae.to(device)
             reference = self.pipeline.encode_reference([row["source_image"] for row in rows], height, width)
             generation["reference"] = reference.float()[groups.to(device)]
@@ -208,16 +217,15 @@ class FlowGRPOTrainer(KontextTrainer):
     def _text(self, generation: dict, part: torch.Tensor) -> dict:
         """Return the conditions of some samples."""
         part = part.to(self.args.device)
-        names = [name for name in ("states", "pooled", "reference") if name in generation]
-        return {name: generation[name][part] for name in names} | {"empty": generation.get("empty")}
+        names = ("states", "pooled", "reference", "empty_states", "empty_pooled")
+        return {name: generation[name][part] for name in names if name in generation}
 
     def velocity(self, model, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
         """Return the velocity (B, C, H, W) that sampling follows, with guidance if there is any."""
         states, pooled, reference = text["states"], text["pooled"], text.get("reference")
-        if text["empty"] is None:
+        if "empty_states" not in text:
             return model(latents, sigmas, (states, pooled), reference)
-        empty_states, empty_pooled = (part.expand(len(latents), *part.shape[1:]) for part in text["empty"])
-        both = torch.cat([empty_states, states]), torch.cat([empty_pooled, pooled])
+        both = torch.cat([text["empty_states"], states]), torch.cat([text["empty_pooled"], pooled])
         twice = [None if part is None else torch.cat([part, part]) for part in (latents, sigmas, reference)]
         without, with_text = model(twice[0], twice[1], both, twice[2]).chunk(2)
         return without + self.args.guidance_scale * (with_text - without)
@@ -266,11 +274,8 @@ class FlowGRPOTrainer(KontextTrainer):
 
     @staticmethod
     def repeated(text: dict, count: int) -> dict:
-        """Return the conditions `count` times over, for as many passes in one; guidance's empty text stays one."""
-        return {
-            name: part if name == "empty" or part is None else part.repeat(count, *[1] * (part.ndim - 1))
-            for name, part in text.items()
-        }
+        """Return the conditions `count` times over, for as many passes in one."""
+        return {name: part.repeat(count, *[1] * (part.ndim - 1)) for name, part in text.items()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the estimator's loss of a batch, see `NoisySteps` and `Matching`."""

@@ -116,9 +116,7 @@ class FlowMatchingTrainer(KontextTrainer):
             len(latents), args.timestep_sampling, self.shift_for(latents), generator,
             args.logit_mean, args.logit_std, args.mode_scale,
         ).to(latents.device)  # fmt: skip
-        text = inputs["text"]
-        if isinstance(text, list):
-            text = self.encode_text(text, latents.device)
+        text = self.text_of(inputs, latents.device)
         mask, target = inputs.get("loss_mask"), noise - latents
         mixed = self.is_fsdp_enabled and args.bf16  # without sharding accelerate does it
         with torch.autocast(latents.device.type, torch.bfloat16) if mixed else nullcontext():
@@ -133,6 +131,11 @@ class FlowMatchingTrainer(KontextTrainer):
             self._note(error.detach(), sigmas, inputs["is_edit"])
             self._throughput.add(latents, reference, self.pipeline.patch_size)
         return (loss, velocity) if return_outputs else loss
+
+    def text_of(self, inputs: dict, device: torch.device):
+        """Return the text of a batch as the model takes it: encoded words, ready states, or token ids."""
+        text = inputs["text"]
+        return self.encode_text(text, device) if isinstance(text, list) else text
 
     def _latents(self, inputs: dict, name: str) -> torch.Tensor | None:
         """Return ready latents (B, C, H, W), or encode pixels by the posterior's mode, or None."""

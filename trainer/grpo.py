@@ -83,7 +83,7 @@ def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig
 def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool) -> FlowGRPOTrainer:
     """Return the trainer of a run, with its rows, rewards and previews."""
     peft_config = script_args.peft_config()
-    pipeline = load_pipeline(script_args.model_name_or_path, args, peft_config is not None)
+    pipeline = load_pipeline(script_args, args, peft_config is not None)
     rows = load_rows(script_args.dataset_name, script_args, args, pipeline)
     rewards = script_args.load_rewards(args.device)
     identity = {

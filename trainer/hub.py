@@ -15,7 +15,7 @@ _SHOWN = (
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
     "contrastive_weight", "caption_dropout", "edit_caption_dropout", "estimator", "num_generations", "dynamics", "eta",
     "old_policy", "nft_beta", "awm_power", "train_timesteps", "num_inference_steps", "guidance_scale", "beta",
-    "ema_decay", "seed",
+    "positions", "vision_dropout", "ema_decay", "seed",
 )  # fmt: skip
 _OF_ESTIMATORS = {
     "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "old_policy": MATCHING, "train_timesteps": MATCHING,
@@ -35,6 +35,20 @@ edited = pipe("make the car blue", image=drawn).images[0]
 ```
 
 `unipic2 export --model FOLDER --out unipic2.safetensors` writes the transformer as one file for ComfyUI."""
+_USE_METAQUERY = """The folder is in the published layout; where Qwen2.5-VL does not come along,
+`vlm_name_or_path` names it:
+
+```python
+from unipic2.trainer import MetaQueryPipeline
+
+pipe = MetaQueryPipeline.from_pretrained("FOLDER_OR_REPOSITORY")
+drawn = pipe("a red car").images[0]
+edited = pipe("make the car blue", image=drawn).images[0]
+print(pipe.answer("What color is the car?", edited))
+```
+
+In ComfyUI the connector is the file in `conditioner/`, put into `models/model_patches`; `unipic2 export` writes the
+transformer as one file."""
 
 
 def model_card(
@@ -58,14 +72,16 @@ def model_card(
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in datasets)
     settings = {setting.name for setting in fields(args)}
     estimator = getattr(args, "estimator", None)
+    use = _USE_LORA if lora else _USE_METAQUERY if "positions" in settings else _USE_MODEL
+    what = "A LoRA" if lora else "Queries and connector (MetaQuery)" if "positions" in settings else "A transformer"
     shown = [name for name in _SHOWN if name in settings and estimator in _OF_ESTIMATORS.get(name, (estimator,))]
     rows = [f"| {name} | {getattr(args, name)} |" for name in shown]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",
-        f"A {'LoRA' if lora else 'transformer'} for UniPic2-SD3.5M-Kontext: text-to-image and editing, trained with "
+        f"{what} for UniPic2-SD3.5M-Kontext: text-to-image and editing, trained with "
         f"{method}{'' if steps is None else f' for {steps} steps'} on {data}.", "",
-        "## Use", "", _USE_LORA if lora else _USE_MODEL, "",
+        "## Use", "", use, "",
         "## Training", "", "| setting | value |", "|---|---|", *rows, "",
         "Weights derived from Stable Diffusion 3.5 Medium carry its licence.", "",
     ])  # fmt: skip

@@ -1,6 +1,7 @@
 """Settings that all trainers of a Kontext model share."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
@@ -22,6 +23,9 @@ EXPORT_DTYPES = ("float32", "float16", "bfloat16")
 @dataclass
 class KontextConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus what is trained, how it is averaged, shown and exported."""
+
+    TRAINABLE: ClassVar[tuple[str, ...]] = TRAINABLE
+    """What `trainable` may be."""
 
     shift: float = field(
         default=SHIFT,
@@ -83,7 +87,7 @@ class KontextConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False
         check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
         check_one_of("attention_backend", self.attention_backend, tuple(ATTENTION_BACKENDS))
-        check_one_of("trainable", self.trainable, TRAINABLE)
+        check_one_of("trainable", self.trainable, self.TRAINABLE)
         check_share("ema_decay", self.ema_decay)
         if not self.shift > 0:  # also true for nan
             raise InputError("shift", found=self.shift, expected="a number above 0 (1 is no shift)")

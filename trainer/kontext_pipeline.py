@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from ..core.checkpoint import cast_file, check_transformer_config, component_files, config_disagrees, read_header
 from ..core.errors import InputError, check_one_of
-from ..core.files import PIPELINE_INDEX, write_file
+from ..core.files import PIPELINE_INDEX, read_json, write_file
 from ..core.micro import BUNDLED_MODELS, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
@@ -28,9 +28,7 @@ from .kontext_transformer import SD3Transformer2DKontextModel
 
 SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
-_NO_WEIGHTS = shutil.ignore_patterns(
-    ".*", "*.bin", "*.pt", "*.ckpt", "*.msgpack"
-)  # pickles and leftovers of downloads
+NO_WEIGHTS = shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.ckpt", "*.msgpack")  # pickles and leftovers of downloads
 _TOKEN_EMBEDDINGS = {
     "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
     "shared.weight": ("vocab_size", "d_model"),
@@ -48,7 +46,7 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
         InputError: `model_index.json` is missing or broken, a component's folder or weight file is missing, a pickle
             or cut off, or the `config.json` of the transformer or a text encoder disagrees with its weights.
     """
-    index = _read_json(folder / PIPELINE_INDEX, "a pipeline in the published layout")
+    index = read_json(folder / PIPELINE_INDEX, "a pipeline in the published layout")
     # An entry is [library, class]; [null, null] says that the pipeline has no such component.
     present = {name for name, entry in index.items() if isinstance(entry, list) and any(entry)} | {"transformer"}
     for name in sorted(present - given):
@@ -57,17 +55,21 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
                 f"model {folder}", found=f"no {name} folder", expected=f"{name}/, as model_index.json says"
             )
     for name in sorted(present - given):
-        if name.startswith(("tokenizer", "scheduler")):
-            continue
-        headers = [read_header(file) for file in component_files(folder / name)]
-        shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
-        path = folder / name / "config.json"
-        config = _read_json(path, f"the settings of the {name}")
-        if name == "transformer":
-            check_transformer_config(config, shapes, path)
-            _check_tensors(config, shapes, folder / name)
-        elif name.startswith("text_encoder"):
-            _check_text_encoder(config, shapes, path)
+        if not name.startswith(("tokenizer", "scheduler")):
+            check_component(folder, name)
+
+
+def check_component(folder: Path, name: str) -> None:
+    """Check the weights of one component, and its `config.json`. Raises InputError, see `check_pipeline_folder`."""
+    headers = [read_header(file) for file in component_files(folder / name)]
+    shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
+    path = folder / name / "config.json"
+    config = read_json(path, f"the settings of the {name}")
+    if name == "transformer":
+        check_transformer_config(config, shapes, path)
+        _check_tensors(config, shapes, folder / name)
+    elif name.startswith("text_encoder"):
+        _check_text_encoder(config, shapes, path)
 
 
 def _check_text_encoder(config: dict, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -92,18 +94,6 @@ def _check_tensors(config: dict, shapes: dict[str, tuple[int, ...]], folder: Pat
             )
 
 
-def _read_json(path: Path, expected: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"file {path}", found="no such file", expected=expected) from None
-    except ValueError as error:
-        raise InputError(f"file {path}", found=f"broken JSON ({error})", expected=expected) from None
-    if not isinstance(content, dict):
-        raise InputError(f"file {path}", found=f"{type(content).__name__} instead of an object", expected=expected)
-    return content
-
-
 def forget_paths(folder: Path) -> None:
     """Take out of a saved pipeline's configs where it was loaded from; that is of no use to whoever gets it."""
     for path in folder.glob("**/*.json"):
@@ -115,14 +105,14 @@ def forget_paths(folder: Path) -> None:
 def _write_vocabulary(folder: Path) -> None:
     if (folder / "vocab.json").is_file():
         return
-    model = _read_json(folder / "tokenizer.json", "a CLIP tokenizer")["model"]
+    model = read_json(folder / "tokenizer.json", "a CLIP tokenizer")["model"]
     merges = "".join(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in model["merges"])
     vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
     for name, text in (("vocab.json", vocabulary), ("merges.txt", f"#version: 0.2\n{merges}")):
         write_file(folder / name, text)
 
 
-def _resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return a picture as (3, height, width) in 0..1: bicubic with antialiasing, as the node pack does it."""
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(to_rgb(image, "image")[0])).permute(2, 0, 1) / 255
@@ -149,6 +139,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         "tokenizer_3",
     ]
 
+    sees_pictures = False
+    """Whether prompts of edits are encoded together with their pictures."""
     loaded_from: Path | None = None
     """The folder this pipeline was loaded from; what is not trained is exported from there."""
     given: frozenset[str] = frozenset()
@@ -256,7 +248,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             self.save_pretrained(folder, safe_serialization=True)
             index, copied = {}, []
         else:
-            index = _read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
+            index = read_json(base / PIPELINE_INDEX, "a pipeline in the published layout")
             present = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
             written = [name for name in present if name in {*trained, *self.given, "scheduler"}]
             copied = [name for name in present if name not in written]
@@ -265,7 +257,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         for file in folder.rglob("*.safetensors"):
             cast_file(file, dtype)
         for name in copied:
-            shutil.copytree(base / name, folder / name, ignore=_NO_WEIGHTS)
+            shutil.copytree(base / name, folder / name, ignore=NO_WEIGHTS)
             if name in ("tokenizer", "tokenizer_2") and (folder / name / "tokenizer.json").is_file():
                 _write_vocabulary(folder / name)
         if base is not None:
@@ -335,18 +327,59 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             reference = self.encode_reference(images, height, width, generator, sample_mode)
             reference = self._repeat_reference(reference, prompts, num_images_per_prompt)
             joint_attention_kwargs = {**(joint_attention_kwargs or {}), _REFERENCE_KEY: reference}
+        conditions = {"prompt": prompt, "negative_prompt": negative_prompt}
+        if prompt is not None:
+            pictures = None
+            if image is not None and self.sees_pictures:
+                pictures = torch.stack([resized(i, height, width) for i in images])
+            conditions = self.conditions(prompt, negative_prompt, pictures, num_images_per_prompt, guidance_scale > 1)
+            twice = sorted(conditions.keys() & kwargs.keys())
+            if twice:
+                expected = "words, or states of prompt and negative prompt"
+                raise InputError("prompt", found=f"words and {', '.join(twice)}", expected=expected)
         return super().__call__(
-            prompt,
+            **{"num_images_per_prompt": num_images_per_prompt, **conditions},
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             joint_attention_kwargs=joint_attention_kwargs,
             **kwargs,
         )
+
+    def conditions(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None,
+        pictures: torch.Tensor | None,
+        num_images_per_prompt: int,
+        guided: bool,
+    ) -> dict:
+        """Return what tells diffusers' loop the prompt: here its words, which it encodes itself.
+
+        Args:
+            prompt, negative_prompt: as for a call.
+            pictures: (B, 3, height, width) in 0..1 at the size that is drawn, for models whose prompts see them.
+            num_images_per_prompt: pictures for each prompt.
+            guided: the negative prompt is needed.
+        """
+        return {"prompt": prompt, "negative_prompt": negative_prompt}
+
+    def encode_conditions(
+        self, prompts: list[str], pictures: torch.Tensor | None = None, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (B, L, D) and pooled text (B, P) of prompts, for models that look at them with their pictures.
+
+        Args:
+            prompts: B texts.
+            pictures: (B, 3, H, W) in 0..1 at the size that is drawn; these text encoders do not see them.
+            device: where the encoders are; None asks the pipeline.
+        """
+        states, _, pooled, _ = self.encode_prompt(
+            prompts, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return states, pooled
 
     def default_negative_prompt(self, is_edit: bool) -> str:
         """Return what stands against the prompt where nothing is given: a text for edits of published models."""
@@ -368,7 +401,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             InputError: a picture without pixels or without an RGB meaning, or an unknown `sample_mode`.
         """
         check_one_of("sample_mode", sample_mode, SAMPLE_MODES)
-        pixels = torch.stack([_resized(image, height, width) for image in images]) * 2 - 1
+        pixels = torch.stack([resized(image, height, width) for image in images]) * 2 - 1
         if isinstance(generator, list) and len(generator) != len(images):
             generator = generator[0]  # one picture for several prompts
         pixels = pixels.to(self._execution_device, self.vae.dtype)

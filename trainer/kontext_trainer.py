@@ -168,8 +168,10 @@ class KontextTrainer(Trainer):
         for encoder in pipeline.text_encoders:
             encoder.requires_grad_(args.train_text_encoder)
         prepare(pipeline.transformer, args.trainable, peft_config, args.seed)
-        text_encoder = pipeline.text_encoder.float() if args.train_text_encoder else None
-        model = KontextForTraining(pipeline.transformer, text_encoder)
+        if args.train_text_encoder:
+            pipeline.text_encoder.float()
+        self.args = args
+        model = self.build_model(pipeline)
         self.peft_config = peft_config
         self.ema = EMACallback(args.ema_decay, args.ema_update_steps, args.ema_on_cpu) if args.use_ema else None
         self._resumed_from: Path | None = None
@@ -189,6 +191,16 @@ class KontextTrainer(Trainer):
         self.add_callback(ReportCallback())
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
+
+    def build_model(self, pipeline: StableDiffusion3KontextPipeline) -> KontextForTraining:
+        """Return what one loss reaches."""
+        return KontextForTraining(
+            pipeline.transformer, pipeline.text_encoder if self.args.train_text_encoder else None
+        )
+
+    def trained_components(self) -> set[str]:
+        """Return the names of the pipeline's parts that are trained."""
+        return {"transformer", "text_encoder"} if self.args.train_text_encoder else {"transformer"}
 
     def _check_sharding(self) -> None:
         """Refuse what has not been made to work with weights that are spread over processes."""
@@ -288,14 +300,16 @@ class KontextTrainer(Trainer):
             raise InputError("attention_backend", found=found, remedy="Take auto.") from error
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return states (B, L, D) and pooled text (B, P) from the pipeline's frozen encoders."""
+    def encode_text(
+        self, prompts: list[str], device: torch.device, pictures: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (B, L, D) and pooled text (B, P) from the pipeline's frozen encoders.
+
+        `pictures` (B, 3, H, W) in 0..1 are those that edits start from, for encoders that see them.
+        """
         for encoder in self.pipeline.text_encoders:
             encoder.to(device)
-        states, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=device, do_classifier_free_guidance=False
-        )
-        return states, pooled
+        return self.pipeline.encode_conditions(prompts, pictures, device)
 
     def _save_checkpoint(self, model, trial) -> None:
         try:
@@ -506,8 +520,7 @@ class KontextTrainer(Trainer):
 
     def _write_export(self, folder: Path, dtype: torch.dtype) -> None:
         if self.peft_config is None:
-            trained = {"transformer", "text_encoder"} if self.args.train_text_encoder else {"transformer"}
-            self.pipeline.save_trained(folder, trained, dtype)
+            self.pipeline.save_trained(folder, self.trained_components(), dtype)
             return
         save_lora(self.pipeline, folder, {"unipic2.method": self.method, "unipic2.step": str(self.state.global_step)})
         for file in folder.rglob("*.safetensors"):

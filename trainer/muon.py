@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.errors import InputError
 
-_BLOCKS = ("transformer_blocks.", "encoder.layers.")
+_BLOCKS = ("transformer_blocks.", "encoder.layers.", "connector.layers.")
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -196,7 +196,8 @@ class _Progress:
         gc.collect()  # the trainer of the stage before, which refers to itself
         torch.cuda.empty_cache()
         is_lora = (Path(folder) / COMFYUI_LORA).is_file()
-        pipeline = load_pipeline(script_args.model_name_or_path if is_lora else str(folder), args, lora=True)
+        start = script_args if is_lora else replace(script_args, model_name_or_path=str(folder))
+        pipeline = load_pipeline(start, args, lora=True)
         if is_lora:
             pipeline.load_lora_weights(folder)
         pipeline.to(args.device)

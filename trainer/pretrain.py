@@ -96,7 +96,8 @@ def load_dataset(
     """
     if script_args.dataset_name == [MICRO]:
         check_micro(pipeline)
-        return MicroDataset(pipeline.vae, script_args.num_scenes, script_args.num_edits, args.seed)
+        counts = script_args.num_scenes, script_args.num_edits
+        return MicroDataset(pipeline.vae, *counts, args.seed, with_sources=pipeline.sees_pictures)
     open_one = open_stream if script_args.streaming else open_source
     sources, buckets = open_data(script_args.dataset_name, script_args, pipeline, open_one)
     if args.unmasked_weight == 1:
@@ -126,21 +127,25 @@ def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline
     return CachedPairs(dataset, cache)
 
 
-def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
-    """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`. `main` pushes it."""
-    peft_config = script_args.peft_config()
-    checkpoint = find_checkpoint(script_args, args)
-    ready = script_args.cache_dir is not None
-    pipeline = load_pipeline(script_args.model_name_or_path, args, peft_config is not None, text_encoders=not ready)
-    dataset = load_dataset(script_args, args, pipeline)
-    identity = {
+def identity_of(script_args: PretrainArguments, args: FlowMatchingConfig, dataset) -> dict:
+    """Return what makes a run of flow matching the run it is, for `check_identity`."""
+    return {
         "model_name_or_path": script_args.model_name_or_path,
         "dataset_name": script_args.dataset_name,
         "streaming": script_args.streaming,
         "rows": None if script_args.streaming else len(dataset),
         "edit_ratio": args.edit_ratio,
     }
-    check_identity(args, identity, resumed=checkpoint is not None)
+
+
+def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
+    """Train and export; returns the folder of the exported pipeline or LoRA, `output_dir/export`. `main` pushes it."""
+    peft_config = script_args.peft_config()
+    checkpoint = find_checkpoint(script_args, args)
+    ready = script_args.cache_dir is not None
+    pipeline = load_pipeline(script_args, args, peft_config is not None, text_encoders=not ready, metaquery=False)
+    dataset = load_dataset(script_args, args, pipeline)
+    check_identity(args, identity_of(script_args, args, dataset), resumed=checkpoint is not None)
     previews = previews_of(script_args, args, dataset)
     trainer = FlowMatchingTrainer(pipeline, args, dataset, previews=previews, peft_config=peft_config)
     return train_and_export(trainer, script_args, args, checkpoint, _METHOD)
@@ -152,7 +157,7 @@ def cache(argv: list[str]) -> int:
     script_args, args = runs[0]
     if script_args.cache_dir is None:
         raise InputError("cache_dir", found="none", expected="a folder, and data of your own")
-    pipeline = load_pipeline(script_args.model_name_or_path, args, lora=True, text_encoders=False)
+    pipeline = load_pipeline(script_args, args, lora=True, text_encoders=False, metaquery=False)
     for script_args, args in runs:
         dataset = load_dataset(script_args, args, pipeline)
         sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")

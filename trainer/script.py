@@ -23,6 +23,7 @@ from .hub import model_card, push, repository_name
 from .kontext_config import KontextConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer, last_checkpoint
+from .metaquery_pipeline import MetaQueryPipeline, is_metaquery
 from .previews import micro_previews, pair_previews
 from .stages import read_config
 
@@ -40,6 +41,13 @@ class ScriptArguments:
         metadata={
             "help": "Pipeline to start from: a folder in the published layout, a hub repository, or bundled weights: "
             "micro or micro-pretrained."
+        },
+    )
+    vlm_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "MetaQuery models: Qwen2.5-VL, a folder or hub repository; default the model's own, or the "
+            "published 7B."
         },
     )
     dataset_name: list[str] = field(
@@ -126,26 +134,43 @@ def _suggest(message: str, known: list[str]) -> str | None:
 
 
 def load_pipeline(
-    name: str, args: KontextConfig, lora: bool, text_encoders: bool = True
+    script_args: ScriptArguments, args: KontextConfig, lora: bool, text_encoders: bool = True, metaquery: bool = True
 ) -> StableDiffusion3KontextPipeline:
     """Load the model: under `bf16` on a GPU in bfloat16, but for what is trained and the rest of its model in float32.
 
     Args:
-        name: folder, or hub repository.
+        script_args: which model.
         args: settings.
         lora: the transformer itself stays frozen.
         text_encoders: False leaves them out, for data that brings its texts encoded.
+        metaquery: False refuses MetaQuery models, for training that does not show them pictures.
 
     Raises:
-        InputError: see `StableDiffusion3KontextPipeline.from_pretrained`.
+        InputError: see `open_model`; or a MetaQuery model that is refused.
     """
     frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
     types = {"default": frozen, "transformer": frozen if lora else torch.float32}
     if args.train_text_encoder:
         types["text_encoder"] = torch.float32
-    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    if not metaquery and is_metaquery(StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path)):
+        expected, remedy = "a model with text encoders", "Take `unipic2 train metaquery`."
+        raise InputError("model_name_or_path", found="a MetaQuery model", expected=expected, remedy=remedy)
     absent = {} if text_encoders else dict.fromkeys(TEXT_ENCODERS)
-    return StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=types, **absent)
+    return open_model(script_args.model_name_or_path, script_args.vlm_name_or_path, torch_dtype=types, **absent)
+
+
+def open_model(name: str | Path, vlm_name_or_path: str | None = None, **kwargs) -> StableDiffusion3KontextPipeline:
+    """Load a model of either kind, with text encoders of its own or behind Qwen2.5-VL.
+
+    Raises:
+        InputError: see the kinds' `from_pretrained`; or `vlm_name_or_path` for a model that has text encoders.
+    """
+    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    if is_metaquery(folder):
+        return MetaQueryPipeline.from_pretrained(folder, vlm_name_or_path, **kwargs)
+    if vlm_name_or_path is not None:
+        raise InputError("vlm_name_or_path", found=f"{name}, a model with text encoders", expected="a MetaQuery model")
+    return StableDiffusion3KontextPipeline.from_pretrained(folder, **kwargs)
 
 
 def check_micro(pipeline: StableDiffusion3KontextPipeline) -> None:

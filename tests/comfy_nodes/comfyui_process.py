@@ -7,6 +7,7 @@ The tests beside this file compare them with the trainer's models; nothing is ju
 """
 
 import asyncio
+import copy
 import json
 import sys
 import time
@@ -25,6 +26,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
+import comfy.text_encoders.llama  # noqa: E402
 import comfy.text_encoders.sd3_clip as sd3_clip  # noqa: E402
 import folder_paths  # noqa: E402
 import nodes  # noqa: E402
@@ -35,8 +37,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 INPUTS = load_file(WORK / "inputs.safetensors")
 PROMPTS = json.loads((WORK / "prompts.json").read_text())
+METAQUERY_PROMPTS = json.loads((WORK / "metaquery_prompts.json").read_text())
 CASES = sorted({key.rsplit(".", 1)[0] for key in INPUTS if key.endswith(".reference")})
 STEPS, CFG, SEED = 20, 3.0, 7
+TIED = "none (tied to the embedding)"
 
 outputs: dict[str, torch.Tensor] = {}
 report: dict = {}
@@ -62,7 +66,11 @@ def predict(model, case, reference, batch=None, **options):
 
 
 def load_pack():
-    for path in ("nodes_sd3.py", "nodes_easycache.py"):  # stock nodes that the workflows and cases use
+    for path in (
+        "nodes_sd3.py",
+        "nodes_easycache.py",
+        "nodes_preview_any.py",
+    ):  # stock nodes that the workflows and cases use
         asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
     folder_paths.add_model_folder_path("unipic2", str(MODELS))
     modules, before = set(sys.modules), set(nodes.NODE_CLASS_MAPPINGS)
@@ -75,7 +83,7 @@ def load_pack():
 def object_info():
     """What `/object_info` says of the nodes in the workflows."""
     names = ["KSampler", "LoadImage", "SaveImage", "VAEDecode", "VAELoader", "UNETLoader", "EmptySD3LatentImage"]
-    for name in [*names, "TripleCLIPLoader", *report["nodes"]]:
+    for name in [*names, "TripleCLIPLoader", "CLIPLoader", "PreviewAny", *report["nodes"]]:
         cls = nodes.NODE_CLASS_MAPPINGS[name]
         if hasattr(cls, "GET_NODE_INFO_V1"):
             info = cls.GET_NODE_INFO_V1()
@@ -208,6 +216,167 @@ def single_file():
     outputs["single.edit"] = predict(node("UniPic2EnableEditing", model=model)[0], "96x64x1", reference=True)
 
 
+def dynamic_vram():
+    """Load as ComfyUI does by default on NVIDIA: its layers have no weights before they are loaded."""
+    import comfy.memory_management
+
+    if not hasattr(comfy.memory_management, "aimdo_enabled"):
+        return
+    comfy.memory_management.aimdo_enabled = True
+    try:
+        model, clip, _ = node("UniPic2MicroLoader", model="random")
+        _, qwen, _ = node("UniPic2MicroLoader", model="metaquery")
+        (connector,) = node("UniPic2ConnectorLoader", connector="metaquery")
+    finally:
+        comfy.memory_management.aimdo_enabled = False
+    outputs["dynamic.text"] = unpack(node("UniPic2TextEncode", clip=clip, prompt="x", negative_prompt="")[0])[0]
+    outputs["dynamic.forward"] = predict(model, "64x64x1", reference=False)
+    cond = node("UniPic2MetaQueryEncode", clip=qwen, connector=connector, prompt=METAQUERY_PROMPTS[0],
+                negative_prompt="", positions="1d", image=INPUTS["vision.96x64"])[0]  # fmt: skip
+    outputs["dynamic.metaquery"] = unpack(cond)[0]
+
+
+def metaquery():
+    """Every prompt against the next one as negative, with and without pictures, both ways to number them."""
+    _, clip, _ = node("UniPic2MicroLoader", model="metaquery")
+    (connector,) = node("UniPic2ConnectorLoader", connector="metaquery")
+    report["connectors"] = [name for name in ("metaquery", "random") if name in connectors()]
+    common = {"clip": clip, "connector": connector}
+    outputs["metaquery.stock_picture_before"] = stock_picture(clip)
+    pictures = {"none": None, **{k: v for k, v in INPUTS.items() if k.startswith("vision.")}}
+    for i, prompt in enumerate(METAQUERY_PROMPTS):
+        texts = {"prompt": prompt, "negative_prompt": METAQUERY_PROMPTS[i - 1]}
+        for name, image in pictures.items():
+            for positions in ("1d", "mrope"):
+                conds = node("UniPic2MetaQueryEncode", **common, **texts, positions=positions, image=image)
+                for side, cond in zip(("positive", "negative"), conds, strict=True):
+                    at = f"metaquery.{i}.{name}.{positions}.{side}"
+                    outputs[f"{at}.states"], outputs[f"{at}.pooled"] = unpack(cond)
+    question = {"question": METAQUERY_PROMPTS[0], "lm_head": TIED, "max_length": 6, "temperature": 0.0, "seed": 0}
+    report["answers"] = {
+        name: node("UniPic2Understand", clip=clip, image=image, **question)[0] for name, image in pictures.items()
+    }
+    outputs["metaquery.stock_picture"] = stock_picture(clip)
+    output_layer(clip)
+    _, small, _ = node("UniPic2MicroLoader", model="fp8")
+    cond = node("UniPic2MetaQueryEncode", clip=small, connector=connector, prompt="x", negative_prompt="",
+                positions="1d", image=INPUTS["vision.64x64"])[0]  # fmt: skip
+    outputs["metaquery.fp8"] = unpack(cond)[0]
+    older_core(clip, common)
+    stock_qwen(connector)
+    metaquery_errors(clip, connector)
+
+
+def stock_picture(clip):
+    """A picture as ComfyUI's own nodes show it to a CLIP, with its own token."""
+    image = {"type": "image", "data": INPUTS["vision.96x64"][:1], "original_type": "image"}
+    return clip.encode_from_tokens({"unipic2_micro_qwen": [[(5, 1.0), (image, 1.0), (6, 1.0)]]}, return_pooled=True)[0]
+
+
+def output_layer(clip):
+    """Answers by the output layer of a file, and by the embedding again afterwards."""
+    folder = WORK / "text_encoders"
+    folder.mkdir()
+    folder_paths.add_model_folder_path("text_encoders", str(folder))
+    language_model = clip.cond_stage_model.unipic2_micro_qwen.transformer.model
+    embedding = language_model.embed_tokens.weight.detach().float()
+    save_file({"lm_head.weight": embedding.flip(0).contiguous()}, folder / "other.safetensors")
+    save_file({"lm_head.weight": (embedding / 4).contiguous(), "lm_head.weight_scale": torch.tensor(4.0)},
+              folder / "scaled.safetensors")  # fmt: skip
+    save_file({"lm_head.weight": torch.zeros(3, 128)}, folder / "narrow.safetensors")
+    save_file({"a": torch.zeros(1)}, folder / "none.safetensors")
+    common = dict(clip=clip, question="what is it?", max_length=6, temperature=0.0, seed=0, image=None)
+    for name in (TIED, "other.safetensors", TIED, "scaled.safetensors"):
+        report.setdefault("by_head", []).append(node("UniPic2Understand", lm_head=name, **common)[0])
+    report["head_left_behind"] = hasattr(language_model, "lm_head")
+    warm = [node("UniPic2Understand", lm_head=TIED, **{**common, "temperature": 1.5, "seed": i})[0] for i in (1, 1, 2)]
+    report["warm"] = warm
+    collect({
+        name: lambda name=name: node("UniPic2Understand", lm_head=f"{name}.safetensors", **common)
+        for name in ("narrow", "none")
+    })  # fmt: skip
+
+
+def connectors():
+    return nodes.NODE_CLASS_MAPPINGS["UniPic2ConnectorLoader"].INPUT_TYPES()["required"]["connector"][1]["options"]
+
+
+def older_core(clip, common):
+    """Vision tokens in the order of attention windows, as ComfyUI up to 0.3.x leaves them."""
+    visual = clip.cond_stage_model.unipic2_micro_qwen.transformer.visual
+    stock = visual.forward
+
+    def unordered(*args, **kwargs):
+        kept = []
+        hook = visual.merger.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        stock(*args, **kwargs)
+        hook.remove()
+        return kept[0]
+
+    visual.forward = unordered
+    picture = INPUTS["vision.256x288"]
+    cond = node("UniPic2MetaQueryEncode", **common, prompt=METAQUERY_PROMPTS[0], negative_prompt="", positions="1d",
+                image=picture)[0]  # fmt: skip
+    outputs["metaquery.older"] = unpack(cond)[0]
+    visual.forward = stock
+
+
+def stock_qwen(connector):
+    """The CLIP of Load CLIP for Qwen-Image, its language model small, its tokenizer the real one."""
+    import comfy.text_encoders.qwen_image as qwen_image
+
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
+             "num_key_value_heads": 1}  # fmt: skip
+    target = ClipTarget(qwen_image.QwenImageTokenizer, qwen_image.te())
+    # On the meta device at first: the vision encoder is the published one, and is not run here.
+    clip = comfy.sd.CLIP(target, model_options={"qwen25_7b_model_config": sizes, "dtype": torch.float16})
+    for parameter in clip.cond_stage_model.qwen25_7b.transformer.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    (cond, _) = node("UniPic2MetaQueryEncode", clip=clip, connector=connector, prompt="a red circle",
+                     negative_prompt="", positions="1d", image=None)  # fmt: skip
+    outputs["metaquery.stock"] = unpack(cond)[0]
+    state = clip.cond_stage_model.qwen25_7b.transformer.model.state_dict()
+    outputs.update({f"stock_qwen.{key}": tensor for key, tensor in state.items()})
+
+
+def metaquery_errors(clip, connector):
+    _, micro, _ = node("UniPic2MicroLoader", model="random")
+    texts = {"prompt": "", "negative_prompt": "", "positions": "1d"}
+    tokens = {"clip": clip, "connector": connector, **texts}
+    wide = type(connector)(torch.nn.Module(), connector.load_device, connector.offload_device)
+    wide.model.conditioner = torch.nn.Module()
+    wide.model.conditioner.config = {**connector.model.conditioner.config, "llm_hidden_size": 3584}
+    blind = copy.copy(clip)
+    blind.cond_stage_model = torch.nn.Module()
+    blind.cond_stage_model.inner = torch.nn.Module()
+    blind.cond_stage_model.inner.transformer = Blind()
+    image = INPUTS["image"]
+    attempts = {
+        "no_qwen": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "clip": None}),
+        "other_clip": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "clip": micro}),
+        "other_width": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "connector": wide}),
+        "no_connector": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "connector": None}),
+        "blind": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "clip": blind}, image=image),
+        "odd_picture": lambda: node("UniPic2MetaQueryEncode", **tokens, image=image[:, :48]),
+        "small_picture": lambda: node("UniPic2MetaQueryEncode", **tokens, image=image[:, :32, :32]),
+        "unknown_connector": lambda: node("UniPic2ConnectorLoader", connector="absent"),
+        "blind_answer": lambda: node(
+            "UniPic2Understand", clip=blind, question="", lm_head=TIED, max_length=1, temperature=0.0, seed=0
+        ),
+        "qwen_as_text_encoder": lambda: node("UniPic2TextEncode", clip=clip, prompt="", negative_prompt=""),
+    }
+    collect(attempts)
+
+
+class Blind(comfy.text_encoders.llama.Qwen25_3B):
+    """ComfyUI's Qwen2.5 without vision, of the connector's width."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(1, 128)
+
+
 def controlnet(editing):
     residuals = [INPUTS["control"][0], INPUTS["control"][1], None]
     outputs["control.edit"] = predict(editing, "96x64x1", reference=True, control={"output": list(residuals)})
@@ -264,13 +433,17 @@ def errors(model, clip, vae):
     }
     for folder in ("truncated", "no_vae", "wrong_config", "wrong_tensors"):
         attempts[f"folder_{folder}"] = lambda folder=folder: node("UniPic2MicroLoader", model=folder)
-    report["errors"] = {}
+    collect(attempts)
+
+
+def collect(attempts):
+    """Note what each attempt is refused with, as `type: message`."""
     for name, attempt in attempts.items():
         try:
             attempt()
-            report["errors"][name] = "no error"
+            report.setdefault("errors", {})[name] = "no error"
         except Exception as error:
-            report["errors"][name] = f"{type(error).__name__}: {error}"
+            report.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"
 
 
 class Flux:
@@ -314,6 +487,7 @@ def pictures():
 def main():
     load_pack()
     with torch.inference_mode():
+        dynamic_vram()
         object_info()
         model, clip, vae = node("UniPic2MicroLoader", model="random")
         (editing,) = node("UniPic2EnableEditing", model=model)
@@ -330,6 +504,7 @@ def main():
             memory: (editing,),
             errors: (model, clip, vae),
             pictures: (),
+            metaquery: (),
         }
         for step, arguments in steps.items():
             start = time.perf_counter()

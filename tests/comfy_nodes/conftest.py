@@ -13,17 +13,22 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from unipic2.cli.comfyui import resolve_install
-from unipic2.core.checkpoint import export_single_file
+from unipic2.core.checkpoint import export_single_file, save_tensors
+from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.files import COMFYUI_LORA
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
 from unipic2.trainer.adapters import lora_config, prepare, save_lora
 from unipic2.trainer.kontext_pipeline import StableDiffusion3KontextPipeline
 from unipic2.trainer.kontext_transformer import SD3Transformer2DKontextModel
+from unipic2.trainer.metaquery_pipeline import MetaQueryPipeline
+from unipic2.trainer.micro.vlm import build_vlm, build_vlm_tokenizer
 
 HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
 START, END = "<|startoftext|>", "<|endoftext|>"
 
+VISION_SIZES = ((64, 64), (96, 64), (256, 288))  # the last one has several attention windows
+METAQUERY_PROMPTS = ("make the red circle blue", "", "a (red:1.3) <|im_end|>\n<|im_start|>user <|image_pad|> café")
 FORWARD_CASES = [(width, height, batch) for width, height in ((64, 64), (96, 64), (128, 128)) for batch in (1, 3)]
 PROMPTS = {
     "short": "a red circle",
@@ -89,9 +94,29 @@ def pipeline(tmp_path_factory) -> StableDiffusion3KontextPipeline:
 
 
 @pytest.fixture(scope="session")
-def models_folder(pipeline, tmp_path_factory) -> Path:
-    """A `models/unipic2` folder with `random` (the pipeline's weights), `other`, and broken ones."""
+def metaquery(pipeline, tmp_path_factory) -> MetaQueryPipeline:
+    """The trainer's MetaQuery pipeline with random weights: a small Qwen2.5-VL, six queries, a connector."""
+    tokenizer = build_vlm_tokenizer(tmp_path_factory.mktemp("qwen"))
+    text = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    vlm = randomise(build_vlm(tokenizer, 0, text, {"depth": 3, "fullatt_block_indexes": [1]}))
+    config = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dim, pooled = TRANSFORMER_CONFIG["joint_attention_dim"], TRANSFORMER_CONFIG["pooled_projection_dim"]
+    conditioner = randomise(StableDiffusion3Conditioner(config, 6, 128, pooled, dim))
+    pipe = MetaQueryPipeline(
+        pipeline.transformer, pipeline.scheduler, pipeline.vae, vlm, tokenizer, conditioner.requires_grad_(False)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def models_folder(pipeline, metaquery, tmp_path_factory) -> Path:
+    """A `models/unipic2` folder with `random` (the pipeline's weights), `metaquery`, and broken ones."""
     base = tmp_path_factory.mktemp("models") / "unipic2"
+    metaquery.save_pretrained(base / "metaquery")
+    shutil.copytree(base / "metaquery", base / "fp8")
+    weights = base / "fp8/text_encoder/model.safetensors"
+    save_tensors({k: t.to(torch.float8_e4m3fn) for k, t in load_file(weights).items()}, weights)
     for name in ("random", "truncated", "no_vae", "wrong_config", "wrong_tensors"):
         pipeline.save_pretrained(base / name)
     weights = "transformer/diffusion_pytorch_model.safetensors"
@@ -126,6 +151,11 @@ def inputs() -> dict[str, torch.Tensor]:
     width, tokens = 64 * TRANSFORMER_CONFIG["num_attention_heads"], 4 * 6
     out["control"] = randn(2, 1, tokens, width)
     out["image"] = torch.rand(2, 64, 96, 3, generator=generator)
+    for width, height in VISION_SIZES:
+        # Smooth, as pictures are: steps of noise would be all that bicubic resizing shows.
+        small = torch.rand(2, 3, height // 16, width // 16, generator=generator)
+        picture = torch.nn.functional.interpolate(small, (height, width), mode="bilinear")
+        out[f"vision.{width}x{height}"] = (picture * 255).round().div(255).movedim(1, -1).contiguous()
     out["latents"] = randn(2, 16, 8, 12)
     return out
 
@@ -158,6 +188,7 @@ def comfyui(models_folder, inputs, lora, tmp_path_factory):
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    (folder / "metaquery_prompts.json").write_text(json.dumps(METAQUERY_PROMPTS))
     command = [install.python, HERE / "comfyui_process.py", install.root, pack, models_folder, folder]
     # One thread: the models are tiny, and threads that wait for each other are slow on a busy machine.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}

@@ -7,7 +7,10 @@ import torch
 
 pytestmark = pytest.mark.comfyui
 
-NODES = ["UniPic2MicroLoader", "UniPic2EnableEditing", "UniPic2TextEncode", "UniPic2EditImageSize", "UniPic2Reference"]
+NODES = [
+    "UniPic2MicroLoader", "UniPic2EnableEditing", "UniPic2TextEncode", "UniPic2EditImageSize", "UniPic2Reference",
+    "UniPic2ConnectorLoader", "UniPic2MetaQueryEncode", "UniPic2Understand",
+]  # fmt: skip
 
 
 def test_loads_by_path_with_its_nodes_in_menu_order(comfyui):

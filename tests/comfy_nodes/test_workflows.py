@@ -11,7 +11,15 @@ from unipic2.core import micro, prompts
 pytestmark = pytest.mark.comfyui
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-NAMES = ["micro_text_to_image", "micro_edit", "unipic2_text_to_image", "unipic2_edit"]
+NAMES = [
+    "micro_text_to_image",
+    "micro_edit",
+    "unipic2_text_to_image",
+    "unipic2_edit",
+    "unipic2_metaquery_text_to_image",
+    "unipic2_metaquery_edit",
+    "unipic2_metaquery_understand_edit",
+]
 
 
 @pytest.fixture(params=NAMES)
@@ -74,16 +82,17 @@ def test_sampling_values(workflow, comfyui):
     is_micro = "UniPic2MicroLoader" in nodes
     guidance = micro.EDIT_GUIDANCE_SCALE if "UniPic2EditImageSize" in nodes else micro.GUIDANCE_SCALE
     steps, cfg = (micro.NUM_INFERENCE_STEPS, guidance) if is_micro else (50, 3.5)
+    texts = nodes["UniPic2MetaQueryEncode" if "UniPic2MetaQueryEncode" in nodes else "UniPic2TextEncode"]
     assert (sampler["steps"], sampler["cfg"]) == (steps, cfg)
     if "EmptySD3LatentImage" in nodes:
         size = (nodes["EmptySD3LatentImage"]["width"], nodes["EmptySD3LatentImage"]["height"])
         assert size == ((micro.IMAGE_SIZE, micro.IMAGE_SIZE) if is_micro else (384, 512))
-        assert nodes["UniPic2TextEncode"]["negative_prompt"] == prompts.DEFAULT_NEGATIVE_PROMPT
+        assert texts["negative_prompt"] == prompts.DEFAULT_NEGATIVE_PROMPT
     else:
         size = nodes["UniPic2EditImageSize"]
         assert (size["longer_edge"], size["multiple"]) == (micro.IMAGE_SIZE if is_micro else 512, 32)
         negative = "" if is_micro else prompts.DEFAULT_EDIT_NEGATIVE_PROMPT
-        assert nodes["UniPic2TextEncode"]["negative_prompt"] == negative
+        assert texts["negative_prompt"] == negative
 
 
 def test_published_files_are_offered(workflow, comfyui):
@@ -98,9 +107,20 @@ def test_published_files_are_offered(workflow, comfyui):
     for name, directory in (
         ("UNETLoader", "diffusion_models"),
         ("TripleCLIPLoader", "text_encoders"),
+        ("CLIPLoader", "text_encoders"),
+        ("UniPic2ConnectorLoader", "model_patches"),
         ("VAELoader", "vae"),
     ):
         files = [value for value in nodes.get(name, {}).values() if str(value).endswith(".safetensors")]
         wanted.update(dict.fromkeys(files, directory))
     assert offered == wanted
-    assert len(wanted) == (0 if "UniPic2MicroLoader" in nodes else 5)
+    through_qwen = "UniPic2MetaQueryEncode" in nodes
+    assert len(wanted) == (0 if "UniPic2MicroLoader" in nodes else 4 if through_qwen else 5)
+
+
+def test_answers_come_from_the_file_of_load_clip(workflow, comfyui):
+    """Its output layer, which ComfyUI's CLIP is without."""
+    nodes = api_nodes(workflow, comfyui)
+    if "UniPic2Understand" in nodes:
+        assert nodes["UniPic2Understand"]["lm_head"] == nodes["CLIPLoader"]["clip_name"]
+        assert isinstance(nodes["UniPic2MetaQueryEncode"]["prompt"], list), "the answer is the instruction"

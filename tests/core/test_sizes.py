@@ -4,7 +4,8 @@ import pytest
 import torch
 from unipic2.core.errors import InputError
 from unipic2.core.flow import interpolate, shift_sigmas
-from unipic2.core.sizes import MAX_EDGE, fit_size, nearest_valid_size
+from unipic2.core.sizes import MAX_EDGE, fit_size, nearest_valid_size, understanding_size, vision_size
+from unipic2.core.vision import vision_pixels
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,46 @@ def test_interpolate_goes_straight_from_picture_to_noise():
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed[0], latents[0]) and torch.equal(mixed[2], noise[2])
     torch.testing.assert_close(mixed[1], 0.75 * latents[1] + 0.25 * noise[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [((64, 64), (56, 56)), ((512, 384), (448, 336)), ((4096, 4096), (3584, 3584)), ((32, 128), (28, 112))],
+)
+def test_qwen_sees_28_of_32_pixels(size, seen):
+    assert vision_size(*size) == seen
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 80), (32, 32), (32, 96), (4128, 4096), (0, 64)])
+def test_what_qwen_cannot_see_as_it_is_is_refused(size):
+    with pytest.raises(InputError, match=rf"{size[0]}x{size[1]} pixels.*multiples of 32"):
+        vision_size(*size)
+
+
+def test_the_picture_qwen_sees_is_bicubic_and_within_range():
+    pixels = (torch.arange(64 * 96).reshape(1, 1, 64, 96) % 7 > 3).half().expand(2, 3, -1, -1)
+    seen = vision_pixels(pixels)
+    assert seen.shape == (2, 3, 56, 84) and seen.dtype == torch.float32
+    assert seen.min() == 0 and seen.max() == 1
+    torch.testing.assert_close(vision_pixels(torch.full((1, 3, 64, 64), 0.25)), torch.full((1, 3, 56, 56), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        ((64, 64), (56, 56)),
+        ((640, 480), (644, 476)),
+        ((20, 20), (56, 56)),  # too few pixels
+        ((10, 100), (28, 196)),
+        ((8000, 4000), (5068, 2520)),  # too many
+        ((42, 70), (56, 56)),  # halves go to the even multiple, as in Qwen's own rule
+    ],
+)
+def test_the_size_at_which_qwen_is_asked(size, seen):
+    assert understanding_size(*size) == seen
+
+
+@pytest.mark.parametrize("size", [(0, 5), (2010, 10)])
+def test_a_picture_that_qwen_is_not_asked_about(size):
+    with pytest.raises(InputError, match="200 times"):
+        understanding_size(*size)

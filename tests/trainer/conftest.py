@@ -9,12 +9,18 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.micro import MAX_TOKENS, SHIFT, VAE_CONFIG
-from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
+from unipic2.trainer import MetaQueryPipeline, SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
 from unipic2.trainer.micro.build import build_pipeline, build_tokenizer
 from unipic2.trainer.micro.codec import initialize, sample_scenes, to_pixels
+from unipic2.trainer.micro.vlm import build_vlm, build_vlm_tokenizer
 from unipic2.trainer.micro.world import render
 
+QWEN_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+QWEN_TEXT |= {"num_key_value_heads": 1}
+QWEN_VISION = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 1, "fullatt_block_indexes": [1]}
+CONNECTOR = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1}
 SMALL = {
     "sample_size": 8,
     "patch_size": 2,
@@ -118,6 +124,40 @@ def make_small_pipeline(vae, tokenizer):
             text_encoder_3=None,
             tokenizer_3=None,
         )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vlm_tokenizer(tmp_path_factory):
+    return build_vlm_tokenizer(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture
+def make_vlm(vlm_tokenizer):
+    """Return a function that builds a Qwen2.5-VL smaller than the micro one."""
+    return lambda seed=0: build_vlm(vlm_tokenizer, seed, QWEN_TEXT, QWEN_VISION)
+
+
+@pytest.fixture(scope="session")
+def vlm(vlm_tokenizer):
+    """Return such a one, all random and frozen. Tests leave it as it is."""
+    return randomise_weights(build_vlm(vlm_tokenizer, 0, QWEN_TEXT, QWEN_VISION)).requires_grad_(False)
+
+
+@pytest.fixture
+def make_metaquery_pipeline(make_small_pipeline, vlm, vlm_tokenizer):
+    """Return a function that builds the same small MetaQuery pipeline each time."""
+
+    def make(seed: int = 0) -> MetaQueryPipeline:
+        base = make_small_pipeline(seed)
+        conditioner = StableDiffusion3Conditioner(
+            CONNECTOR, num_queries=5, llm_hidden_size=64, pooled_projection_dim=24, joint_attention_dim=32
+        )
+        conditioner = randomise_weights(conditioner, seed + 1)
+        pipe = MetaQueryPipeline(base.transformer, base.scheduler, base.vae, vlm, vlm_tokenizer, conditioner)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -57,6 +57,21 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, make_small_pipeline,
     assert (shared / "export/model_index.json").is_file()
 
 
+def test_two_processes_train_a_connector_as_one_does(tmp_path, make_metaquery_pipeline, pairs_file):
+    model = tmp_path / "model"
+    make_metaquery_pipeline().save_pretrained(model)
+    options = {"method": "metaquery", "settings": SETTINGS + "prefix_cache_gib: 0.01\n"}
+    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2", **options)
+    ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
+    shared = train(tmp_path / "two", model, pairs_file, launch=ddp, **options)
+    one, two = (load_file(run / "checkpoint-3/model.safetensors") for run in (alone, shared))
+    start = load_file(model / "conditioner/diffusion_pytorch_model.safetensors")
+    assert one.keys() == {f"conditioner.{name}" for name in start}
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+    assert max((one[key] - start[key.removeprefix("conditioner.")]).abs().max().item() for key in one) > 1e-3
+    assert (shared / "export/conditioner").is_dir()
+
+
 def assert_same(model, one, two):
     start = load_file(model / WEIGHTS)
     one, two = load_file(one), load_file(two)

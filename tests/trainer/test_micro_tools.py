@@ -48,15 +48,15 @@ def test_codec_training_reaches_encoder_and_decoder(vae, tmp_path):
 
 
 def test_a_work_folder_of_another_run_is_left_alone(tmp_path):
-    from unipic2.trainer.micro.make import _Stages
+    from unipic2.trainer.micro.make import Stages
 
-    first = _Stages(tmp_path, {"seed": 0})
+    first = Stages(tmp_path, {"seed": 0})
     first.run("codec", lambda: (tmp_path / "weights").write_text("hours of work"))
-    again = _Stages(tmp_path, {"seed": 0})
+    again = Stages(tmp_path, {"seed": 0})
     again.run("codec", lambda: pytest.fail("it is done"))
     assert again.minutes.keys() == {"codec"}
     with pytest.raises(InputError, match="a run with other settings.*--work"):
-        _Stages(tmp_path, {"seed": 1})
+        Stages(tmp_path, {"seed": 1})
     assert (tmp_path / "weights").read_text() == "hours of work"
 
 

@@ -58,7 +58,7 @@ def test_the_shipped_config_parses(config_file):
     path = pretrain.Path(pretrain.__file__).parent / "configs" / "pretrain_micro.yaml"
     argv = config_file("")
     _, args = parse(["--config", str(path), *argv[2:], "--model_name_or_path", "m"])
-    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.38
+    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.36
 
 
 @pytest.mark.parametrize("name", ["pretrain_sd35m_lora", "pretrain_sd35m_full"])
@@ -67,7 +67,9 @@ def test_the_configs_for_published_checkpoints_parse(name, tmp_path, monkeypatch
     from unipic2.trainer import pretrain
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain, "load_pipeline", lambda name, args, lora, **options: (name, args, lora))
+    monkeypatch.setattr(
+        pretrain, "load_pipeline", lambda given, args, lora, **options: (given.model_name_or_path, args, lora)
+    )
     reached = []
     monkeypatch.setattr(pretrain, "load_dataset", lambda *given: reached.append(given) or 1 / 0)
     path = pretrain.Path(pretrain.__file__).parent / "configs" / f"{name}.yaml"

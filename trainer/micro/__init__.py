@@ -5,3 +5,6 @@ CODEC_STEPS = 3000
 
 DECODER_STEPS = 1200
 """Further steps of its decoder alone."""
+
+VLM_STEPS = 3000
+"""Optimizer steps of Micro Qwen2.5-VL, unless `unipic2 micro metaquery` is told otherwise."""

@@ -12,6 +12,8 @@ from .tasks import EDIT_KINDS, T2I_KINDS, describe, is_held_out, reworded, sampl
 from .world import Scene, render
 
 _CHUNK = 512  # pictures rendered at a time
+# Kinds of the scenes made for text-to-image: edits bring thousands of scenes of two things, few that can be counted.
+_MADE_KINDS = ("single_object", "colors", "counting", "counting", "counting", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +29,27 @@ class MicroDataset(torch.utils.data.Dataset):
     """Samples for `FlowMatchingTrainer`: text-to-image first, then edits.
 
     A scene keeps its picture but gets a new prompt each time it is drawn. Every edit's source and target is also a
-    text-to-image sample when it answers a prompt. An edit is drawn in any of its words, half of the time backwards
-    where an instruction says that. Held-out words (see `tasks`) never occur.
+    text-to-image sample when it shows several things and answers a prompt; those of one thing are soon learned. An
+    edit is drawn in any of its words, half of the time backwards where an instruction says that. Held-out words (see
+    `tasks`) never occur.
 
     Args:
         vae: the trained codec; it encodes in bfloat16.
         num_scenes: scenes made for text-to-image.
         num_edits: source and target pairs.
         seed: the same seed gives the same pool and the same prompts in the same order.
+        with_sources: edits also bring the picture that they start from, `source_pixels`, uint8 (3, 64, 64).
     """
 
-    def __init__(self, vae: AutoencoderTiny, num_scenes: int, num_edits: int, seed: int):
+    def __init__(self, vae: AutoencoderTiny, num_scenes: int, num_edits: int, seed: int, with_sources: bool = False):
+        self.with_sources = with_sources
         self.rng = np.random.default_rng([seed, 3])
-        scenes = [sample_t2i(self.rng, T2I_KINDS[i % len(T2I_KINDS)])[1] for i in range(num_scenes)]
+        scenes = [sample_t2i(self.rng, _MADE_KINDS[i % len(_MADE_KINDS)])[1] for i in range(num_scenes)]
         self.edits = [sample_edit(self.rng, EDIT_KINDS[i % len(EDIT_KINDS)]) for i in range(num_edits)]
         self.num_scenes = num_scenes
         scenes += [task.target for task in self.edits] + [task.source for task in self.edits]
-        items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in enumerate(scenes))
+        shown = ((row, scene) for row, scene in enumerate(scenes) if row < num_scenes or len(scene.things) > 1)
+        items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in shown)
         self.items = [item for item in items if item.kinds]
         self.latents = self._encode(vae, scenes)
         self.is_edit = [False] * len(self.items) + [True] * num_edits
@@ -74,8 +80,13 @@ class MicroDataset(torch.utils.data.Dataset):
         task = self.edits[number]
         back = undone(rng, task) if rng.random() < 0.5 else None
         if back is not None:
-            return {"prompt": back.prompt, "latents": source, "ref_latents": target}
-        return {"prompt": reworded(rng, task).prompt, "latents": target, "ref_latents": source}
+            task, target, source = back, source, target
+        else:
+            task = reworded(rng, task)
+        sample = {"prompt": task.prompt, "latents": target, "ref_latents": source}
+        if self.with_sources:
+            sample["source_pixels"] = torch.from_numpy(np.array(render(task.source))).permute(2, 0, 1).contiguous()
+        return sample
 
     @staticmethod
     def _prompt(rng: np.random.Generator, item: _T2IItem) -> str:

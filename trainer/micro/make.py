@@ -25,16 +25,24 @@ from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
 from .sheet import result_sheet
 
-_HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
-_STAGES = "stages.json"
+HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
+_STAGES_FILE = "stages.json"
 _FIXED = ("--output_dir", "--model_name_or_path", "--resume", "--seed")  # what this command itself decides
 
 
-class _Stages:
+def check_overrides(command: str, overrides: list[str], fixed: tuple[str, ...] = ()) -> None:
+    """Raise InputError where flags are among those that a command decides itself; `fixed` are further ones."""
+    found = [flag for flag in overrides if flag.partition("=")[0] in (*_FIXED, *fixed)]
+    if found:
+        remedy = "Use --out and --work for folders."
+        raise InputError(command, found=", ".join(found), expected="other flags", remedy=remedy)
+
+
+class Stages:
     """Which stages are done, with the minutes of all their attempts, so that a stopped run goes on where it was."""
 
     def __init__(self, work: Path, settings: dict):
-        self.path = work / _STAGES
+        self.path = work / _STAGES_FILE
         self.state = {"settings": settings, "minutes": {}, "done": []}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -85,14 +93,11 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
     Raises:
         InputError: `work` holds a run with other settings, or `out` something that is no exported pipeline.
     """
-    fixed = [flag for flag in overrides if flag.partition("=")[0] in _FIXED]
-    if fixed:
-        remedy = "Use --out and --work for folders."
-        raise InputError("unipic2 micro make", found=", ".join(fixed), expected="other flags", remedy=remedy)
+    check_overrides("unipic2 micro make", overrides)
     out, work = out.absolute(), work.absolute()
     check_replaceable(out)
     settings = {"seed": seed, "codec_steps": codec_steps, "decoder_steps": decoder_steps, "overrides": overrides}
-    stages = _Stages(work, settings)
+    stages = Stages(work, settings)
     vae_dir, init_dir, run_dir, decoder_dir, model_dir = (
         work / name for name in ("vae", "init", "run", "decoder", "model")
     )
@@ -121,8 +126,8 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         _assemble(run_dir / "export", decoder_dir, model_dir, getattr(torch, args.export_dtype))
         # Scores are of the finished weights, as people will load them.
         pipeline = StableDiffusion3KontextPipeline.from_pretrained(model_dir, torch_dtype=torch.float32)
-        scores, drawn = evaluate(pipeline, 256, _HELD_OUT_SEED)
-        scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, _HELD_OUT_SEED), 4)
+        scores, drawn = evaluate(pipeline, 256, HELD_OUT_SEED)
+        scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, HELD_OUT_SEED), 4)
         save_sheet(result_sheet(drawn), work / "results.png")
         write_file(work / "results.json", json.dumps(scores, indent=2) + "\n")
 
@@ -132,7 +137,7 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
     command = ["unipic2", "micro", "make", "--seed", str(seed)]
     command += ["--codec-steps", str(codec_steps)] if codec_steps != CODEC_STEPS else []
     command += ["--decoder-steps", str(decoder_steps)] if decoder_steps != DECODER_STEPS else []
-    _publish(model_dir, out, card(shlex.join([*command, *overrides]), stages.minutes, steps, results))
+    publish(model_dir, out, card(shlex.join([*command, *overrides]), stages.minutes, steps, results))
     return results
 
 
@@ -146,7 +151,8 @@ def _assemble(export: Path, decoder: Path, model: Path, dtype: torch.dtype) -> N
     forget_paths(model)
 
 
-def _publish(export: Path, out: Path, text: str) -> None:
+def publish(export: Path, out: Path, text: str) -> None:
+    """Put a finished model with its card in the place of `out`, as a whole."""
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(export, unfinished)
@@ -157,10 +163,6 @@ def _publish(export: Path, out: Path, text: str) -> None:
 
 def card(command: str, minutes: dict, steps: dict, results: dict) -> str:
     """Return the model card as Markdown."""
-    rows = []
-    for task in ("t2i", "edit"):
-        scores = {f"**{task}, all**": results[task], **results[task]["kinds"]}
-        rows += [f"| {kind} | {s['strict']:.3f} | {s['soft']:.3f} | {s['n']} |" for kind, s in scores.items()]
     total = sum(minutes.values())
     spent = ", ".join(f"{name} {value}" for name, value in minutes.items())
     taken = ", ".join(f"{name} {count}" for name, count in steps.items())
@@ -180,10 +182,19 @@ learning. Sampling: FlowMatchEuler, {NUM_INFERENCE_STEPS} steps, guidance {GUIDA
 
 Codec round trip, strict: {results["codec_round_trip"]:.3f} on 512 held-out scenes.
 
-Held-out prompts and edits (seed {results["seed"]}), judged by the verifier; strict means that everything asked is
-there and nothing else, and for edits that nothing else changed:
+{results_table(results)}
+"""
+
+
+def results_table(results: dict) -> str:
+    """Return the scores on held-out prompts and edits as Markdown, with what they mean."""
+    rows = []
+    for task in ("t2i", "edit"):
+        scores = {f"**{task}, all**": results[task], **results[task]["kinds"]}
+        rows += [f"| {kind} | {s['strict']:.3f} | {s['soft']:.3f} | {s['n']} |" for kind, s in scores.items()]
+    return f"""Held-out prompts and edits (seed {results["seed"]}), judged by the verifier; strict means that
+everything asked is there and nothing else, and for edits that nothing else changed:
 
 | kind | strict | soft | n |
 |---|---|---|---|
-{chr(10).join(rows)}
-"""
+{chr(10).join(rows)}"""

@@ -1,0 +1,145 @@
+"""MetaQuery in ComfyUI against the trainer's pipeline: conditioning, answers, older cores, refusals."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from unipic2.cli.comfyui import resolve_install
+from unipic2.core.prompts import POSITIONS
+from unipic2.trainer.query_states import build_prefix, query_states
+
+from .conftest import METAQUERY_PROMPTS, VISION_SIZES
+
+pytestmark = pytest.mark.comfyui
+
+PICTURES = ["none", *(f"vision.{width}x{height}" for width, height in VISION_SIZES)]
+
+
+def expected(metaquery, inputs, prompt, picture, positions):
+    """What the trainer's path says of a prompt, alone or with a batch of two pictures."""
+    metaquery.positions = positions
+    pixels = None if picture == "none" else inputs[picture].movedim(-1, 1)
+    with torch.no_grad():
+        return metaquery.encode_conditions([prompt] * (1 if pixels is None else 2), pixels)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("prompt", range(len(METAQUERY_PROMPTS)))
+def test_conditioning_is_the_trainers(comfyui, metaquery, inputs, prompt, picture, positions):
+    tensors, _ = comfyui
+    for side, number in (("positive", prompt), ("negative", prompt - 1)):
+        states, pooled = expected(metaquery, inputs, METAQUERY_PROMPTS[number], picture, positions)
+        at = f"metaquery.{prompt}.{picture}.{positions}.{side}"
+        assert states.std() > 0.01
+        assert (tensors[f"{at}.states"] - states).abs().max() <= 1e-4
+        assert (tensors[f"{at}.pooled"] - pooled).abs().max() <= 1e-4
+
+
+def test_the_cases_differ(comfyui):
+    """Else equal numbers would say little: by prompt, by picture, and by how its tokens are numbered."""
+    tensors, _ = comfyui
+    base = tensors["metaquery.0.vision.64x64.1d.positive.states"]
+    for other in ("1.vision.64x64.1d.positive", "0.vision.96x64.1d.positive", "0.vision.64x64.mrope.positive"):
+        assert (base - tensors[f"metaquery.{other}.states"]).abs().max() > 1e-3
+    assert (base[0] - base[1]).abs().max() > 1e-3
+
+
+def test_the_clip_is_left_as_it_was(comfyui):
+    """A picture of ComfyUI's own nodes is read as before ours were used."""
+    tensors, _ = comfyui
+    assert torch.equal(tensors["metaquery.stock_picture"], tensors["metaquery.stock_picture_before"])
+
+
+def test_weights_that_come_late_are_read_too(comfyui):
+    """ComfyUI on NVIDIA makes layers without weights; what is expected of a file must not be asked of them."""
+    tensors, _ = comfyui
+    if "dynamic.text" not in tensors:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    assert (tensors["dynamic.forward"] - tensors["forward.64x64x1.t2i"]).abs().max() <= 1e-5
+    assert (tensors["dynamic.metaquery"] - tensors["metaquery.0.vision.96x64.1d.positive.states"]).abs().max() <= 1e-4
+
+
+def test_older_cores_tokens_are_put_in_order(comfyui):
+    tensors, _ = comfyui
+    usual = tensors["metaquery.0.vision.256x288.1d.positive.states"]
+    assert (tensors["metaquery.older"] - usual).abs().max() <= 1e-4
+
+
+def test_eight_bit_weights_are_accepted(comfyui, metaquery, inputs):
+    """Qwen2.5-VL's weights as float8: near the full weights' states, not at them."""
+    states, _ = expected(metaquery, inputs, "x", "vision.64x64", "1d")
+    difference = (comfyui[0]["metaquery.fp8"] - states).abs().mean() / states.abs().mean()
+    assert 1e-4 < difference < 0.3
+
+
+def test_load_clips_own_qwen_gives_the_same(comfyui, metaquery):
+    """ComfyUI's class and tokenizer for Qwen-Image, whose template for it must stay out."""
+    prefix = "stock_qwen."
+    state = {key.removeprefix(prefix): t for key, t in comfyui[0].items() if key.startswith(prefix)}
+    folder = resolve_install().root / "comfy/text_encoders/qwen25_tokenizer"
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=state["embed_tokens.weight"].shape[0], hidden_size=128, intermediate_size=64,
+            num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        ),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=1, out_hidden_size=128),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    vlm = Qwen2_5_VLForConditionalGeneration(config).eval()
+    vlm.model.language_model.load_state_dict(state)
+    with torch.no_grad():
+        before = build_prefix(vlm, tokenizer, ["a red circle"])
+        states, _ = metaquery.conditioner(query_states(vlm, metaquery.conditioner.meta_queries, before))
+    assert states.std() > 0.01
+    assert (comfyui[0]["metaquery.stock"] - states).abs().max() <= 1e-4
+
+
+def test_answers_are_the_trainers(comfyui, metaquery, inputs):
+    """Greedy, from random weights: any slip in tokens, positions or pictures shows."""
+    answers = {}
+    for picture in PICTURES:
+        image = None
+        if picture != "none":
+            image = Image.fromarray((inputs[picture][0] * 255).round().byte().numpy())
+        answers[picture] = metaquery.answer(METAQUERY_PROMPTS[0], image, max_new_tokens=6)
+    assert comfyui[1]["answers"] == answers and len(set(answers.values())) > 1
+
+
+def test_answers_by_the_output_layer_of_a_file(comfyui):
+    """One turned upside down says something else; one with its scale says the same; and nothing of it stays."""
+    _, report = comfyui
+    tied, other, again, scaled = report["by_head"]
+    assert tied == again == scaled != other
+    assert not report["head_left_behind"]
+    assert report["warm"][0] == report["warm"][1] != report["warm"][2]
+
+
+def test_connectors_of_models_are_offered(comfyui):
+    assert comfyui[1]["connectors"] == ["metaquery"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_qwen", ["MetaQuery Encode, clip", "found nothing", "qwen_image"]),
+        ("other_clip", ["MetaQuery Encode, clip", "another text encoder", "Qwen2.5-VL"]),
+        ("other_width", ["width 128", "3584"]),
+        ("no_connector", ["MetaQuery Encode, connector", "Load Connector"]),
+        ("blind", ["without vision", "qwen_2.5_vl_7b"]),
+        ("odd_picture", ["96x48 pixels", "multiples of 32"]),
+        ("small_picture", ["32x32 pixels"]),
+        ("unknown_connector", ["'absent'", "'metaquery'", "model_patches"]),
+        ("blind_answer", ["Understand, clip", "3B"]),
+        ("narrow", ["lm_head narrow.safetensors", "shape (3, 128)"]),
+        ("none", ["no lm_head.weight"]),
+        ("qwen_as_text_encoder", ["a text encoder of another model"]),
+    ],
+)
+def test_what_does_not_fit_is_named(comfyui, name, words):
+    message = comfyui[1]["errors"][name]
+    assert message.startswith("InputError: ")
+    for word in words:
+        assert word in message

@@ -1,0 +1,494 @@
+"""MetaQuery: states of the queries, the pipeline around them, its files, and its training."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from unipic2.core.connector import StableDiffusion3Conditioner
+from unipic2.core.errors import InputError
+from unipic2.core.prompts import POSITIONS, metaquery_segments
+from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer
+from unipic2.trainer.metaquery import load_metaquery, main, parse
+from unipic2.trainer.metaquery_trainer import PrefixStore
+from unipic2.trainer.query_states import build_prefix, query_states, remember, token_ids
+from unipic2.trainer.script import open_model
+
+PROMPTS = ["a red circle", "", "two blue squares left of three very small green triangles"]
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def make_pipeline(make_metaquery_pipeline):
+    return make_metaquery_pipeline
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_batch_gives_the_states_of_each_alone(vlm, vlm_tokenizer, queries, pixels, positions, sees):
+    """Shorter prompts are padded; that changes nothing."""
+    seen = pixels if sees else None
+    states = query_states(vlm, queries, build_prefix(vlm, vlm_tokenizer, PROMPTS, seen, positions))
+    for i, prompt in enumerate(PROMPTS):
+        one = build_prefix(vlm, vlm_tokenizer, [prompt], pixels[i : i + 1] if sees else None, positions)
+        assert one.mask.all()
+        torch.testing.assert_close(states[i : i + 1], query_states(vlm, queries, one), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_the_right_gives_the_same(vlm, vlm_tokenizer, queries):
+    left = build_prefix(vlm, vlm_tokenizer, PROMPTS)
+    width = left.mask.shape[1]
+    order = torch.stack([torch.arange(width).roll(int(row.sum())) for row in left.mask])
+    right = type(left)(
+        left.embeds.gather(1, order[..., None].expand_as(left.embeds)),
+        left.mask.gather(1, order),
+        left.positions.gather(2, order.expand(3, -1, -1)),
+    )
+    assert right.mask[:, 0].all() and not right.mask.equal(left.mask)
+    torch.testing.assert_close(
+        query_states(vlm, queries, right), query_states(vlm, queries, left), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_states_are_those_of_the_published_script(vlm, vlm_tokenizer, queries, pixels):
+    """As it goes about it: zeros as ids of the queries, embeddings replaced, the model called without input ids."""
+    words = metaquery_segments(PROMPTS[2], has_picture=True)
+    ids = token_ids(vlm_tokenizer, words)
+    image_id = vlm.config.image_token_id
+    at = ids.index(image_id)
+    ids = torch.tensor([ids[:at] + [image_id] * 6 + ids[at + 1 :] + [0] * 5])
+    embeds = vlm.get_input_embeddings()(ids)
+    embeds[:, -5:] = queries
+    prefix = build_prefix(vlm, vlm_tokenizer, PROMPTS[2:], pixels[2:])
+    embeds[0, at : at + 6] = prefix.embeds[0, at : at + 6]
+    vlm.model.rope_deltas = None
+    states = vlm.model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    torch.testing.assert_close(query_states(vlm, queries, prefix), states[:, -5:], atol=1e-5, rtol=1e-5)
+
+
+def test_mrope_numbers_the_picture_as_the_model_does_itself(vlm, vlm_tokenizer, queries, pixels):
+    plain = build_prefix(vlm, vlm_tokenizer, PROMPTS, pixels, "1d")
+    rows = build_prefix(vlm, vlm_tokenizer, PROMPTS, pixels, "mrope")
+    assert not torch.equal(plain.positions, rows.positions)
+    ids = [token_ids(vlm_tokenizer, metaquery_segments(p, True)) for p in PROMPTS]
+    at, length = ids[2].index(vlm.config.image_token_id), len(ids[2]) + 5
+    grid = rows.positions[:, 2, -length:][:, at : at + 6]
+    assert grid.tolist() == [[at] * 6, [at, at, at, at + 1, at + 1, at + 1], [at, at + 1, at + 2] * 2]
+    assert rows.next_position[2] == len(ids[2]) - 1 + 3  # a picture takes as many positions as its longer edge has
+    different = query_states(vlm, queries, rows) - query_states(vlm, queries, plain)
+    assert different.abs().max() > 1e-3
+    without = [build_prefix(vlm, vlm_tokenizer, PROMPTS, None, p).positions for p in POSITIONS]
+    assert torch.equal(*without)
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_kept_keys_and_values_give_the_same_states_and_gradients(vlm, vlm_tokenizer, queries, pixels, sees):
+    prefix = build_prefix(vlm, vlm_tokenizer, PROMPTS, pixels if sees else None)
+    first, second = (queries.clone().requires_grad_() for _ in range(2))
+    whole, kept = query_states(vlm, first, prefix), query_states(vlm, second, remember(vlm, prefix))
+    torch.testing.assert_close(kept, whole, atol=1e-5, rtol=1e-5)
+    whole.pow(2).sum().backward()
+    kept.pow(2).sum().backward()
+    torch.testing.assert_close(second.grad, first.grad, atol=1e-4, rtol=1e-4)
+    assert first.grad.abs().min() > 0
+
+
+def test_markup_in_a_prompt_is_text(vlm, vlm_tokenizer):
+    ids = token_ids(vlm_tokenizer, metaquery_segments("<|im_end|>\n<|im_start|>user\n<|image_pad|>", False))
+    special = [vlm_tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<|image_pad|>")]
+    assert [ids.count(i) for i in special] == [2, 1, 0]
+    assert "<|im_end|>\n<|im_start|>user" in vlm_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pixels": torch.zeros(2, 3, 64, 64)}, "expected 1, one for each prompt"),
+        ({"pixels": torch.zeros(1, 3, 48, 64)}, "multiples of 32"),
+        ({"pixels": torch.zeros(1, 3, 32, 32)}, "32x32 pixels"),
+        ({"positions": "3d"}, "one of 1d, mrope"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(vlm, vlm_tokenizer, arguments, words):
+    with pytest.raises(InputError, match=words):
+        build_prefix(vlm, vlm_tokenizer, ["a"], **arguments)
+
+
+def test_it_draws_edits_and_answers(make_pipeline):
+    pipe = make_pipeline()
+
+    def seed(number):
+        return torch.Generator().manual_seed(number)
+
+    drawn = pipe(PROMPTS, height=64, width=64, num_inference_steps=2, generator=[seed(i) for i in range(3)]).images
+    alone = pipe(PROMPTS[2], height=64, width=64, num_inference_steps=2, generator=[seed(2)], output_type="pt").images
+    batch = pipe(
+        PROMPTS, height=64, width=64, num_inference_steps=2, generator=[seed(i) for i in range(3)], output_type="pt"
+    ).images
+    torch.testing.assert_close(alone[0], batch[2], atol=1e-4, rtol=1e-4)
+    edits = pipe("make it blue", image=drawn[0], longer_edge=64, num_inference_steps=2, num_images_per_prompt=2).images
+    assert [image.size for image in edits] == [(64, 64)] * 2
+    other = Image.new("RGB", (64, 64), "red")
+    same = dict(num_inference_steps=1, longer_edge=64, output_type="pt")
+    a, b = (pipe("x", image=i, generator=seed(0), **same).images for i in (drawn[0], other))
+    assert (a - b).abs().max() > 1e-3
+    assert isinstance(pipe.answer("what is it?", drawn[0], max_new_tokens=3), str)
+    assert isinstance(pipe.answer("what is it?", max_new_tokens=3), str)
+
+
+def test_the_language_model_sees_the_picture(make_pipeline, pixels):
+    """Not only the transformer: the text states of one instruction differ by picture."""
+    pipe = make_pipeline()
+    states, pooled = pipe.encode_conditions(["x", "x"], pixels[:2])
+    assert states.shape == (2, 5, 32) and pooled.shape == (2, 24)
+    assert (states[0] - states[1]).abs().max() > 1e-4
+
+
+def test_ready_states_are_drawn_as_they_are(make_pipeline):
+    pipe = make_pipeline()
+    states, pooled = pipe.encode_conditions(["a"])
+    sampling = dict(height=64, width=64, num_inference_steps=2, guidance_scale=1, output_type="pt")
+    ready = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+    a = pipe(**ready, generator=torch.Generator().manual_seed(0), **sampling).images
+    b = pipe("a", generator=torch.Generator().manual_seed(0), **sampling).images
+    torch.testing.assert_close(a, b)
+
+
+def test_the_negative_prompt_counts_under_guidance(make_pipeline):
+    pipe = make_pipeline()
+    sampling = dict(height=64, width=64, num_inference_steps=2, output_type="pt")
+    found = {
+        (negative, scale): pipe(
+            "a", negative_prompt=negative, guidance_scale=scale, generator=torch.Generator().manual_seed(0), **sampling
+        ).images
+        for negative in ("", "blue") for scale in (1.0, 3.0)
+    }  # fmt: skip
+    assert torch.equal(found["", 1.0], found["blue", 1.0]) and not torch.equal(found["", 3.0], found["blue", 3.0])
+    with pytest.raises(InputError, match="one text, or 2"):
+        pipe(["a", "b"], negative_prompt=["c"], height=64, width=64, num_inference_steps=1)
+
+
+def test_folders_come_back_as_they_were(make_pipeline, pixels, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = open_model(tmp_path / "model", torch_dtype=torch.float32)
+    assert isinstance(loaded, MetaQueryPipeline)
+    for a, b in zip(pipe.encode_conditions(PROMPTS, pixels), loaded.encode_conditions(PROMPTS, pixels), strict=True):
+        torch.testing.assert_close(a, b)
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    assert index["conditioner"] == ["unipic2", "StableDiffusion3Conditioner"]
+    assert "_name_or_path" not in (tmp_path / "model/text_encoder/config.json").read_text()
+
+
+def test_a_language_model_from_elsewhere_is_not_written(make_pipeline, tmp_path):
+    """As published: Qwen2.5-VL stays where it is, and its folder is named."""
+    make_pipeline().save_pretrained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "model")
+    (tmp_path / "vlm").mkdir()
+    for name in ("text_encoder", "tokenizer"):
+        shutil.move(tmp_path / "model" / name, tmp_path / "vlm" / name)
+    pipe = MetaQueryPipeline.from_pretrained(tmp_path / "model", tmp_path / "vlm", torch_dtype=torch.float32)
+    pipe.save_trained(tmp_path / "out", {"conditioner"}, torch.float32)
+    assert not (tmp_path / "out/text_encoder").exists() and (tmp_path / "out/conditioner").is_dir()
+    pipe.writes_vlm = True
+    pipe.save_trained(tmp_path / "with", {"conditioner"}, torch.float32)
+    a = MetaQueryPipeline.from_pretrained(tmp_path / "with", torch_dtype=torch.float32).encode_conditions(["a"])
+    torch.testing.assert_close(a, pipe.encode_conditions(["a"]))
+
+
+def test_what_is_wrong_with_a_folder_is_named(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+
+    def broken(name, change):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+        change(tmp_path / name)
+        return tmp_path / name
+
+    def truncate(folder):
+        file = folder / "text_encoder/model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+    def other_type(folder):
+        (folder / "text_encoder/config.json").write_text(json.dumps({"model_type": "qwen3"}))
+
+    for folder, words in (
+        (broken("a", lambda f: shutil.rmtree(f / "conditioner")), "no conditioner folder"),
+        (broken("b", truncate), "cut off"),
+        (broken("c", other_type), "expected qwen2_5_vl"),
+        (broken("d", lambda f: (f / "conditioner/config.json").unlink()), "no such file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            MetaQueryPipeline.from_pretrained(folder)
+    narrow = StableDiffusion3Conditioner(pipe.conditioner.config["connector_config"], 5, 32, 24, 32)
+    with pytest.raises(InputError, match="llm_hidden_size: found 32, expected 64"):
+        MetaQueryPipeline(pipe.transformer, pipe.scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, narrow)
+    with pytest.raises(InputError, match="expected a MetaQuery model"):
+        open_model("micro-pretrained", vlm_name_or_path="x")
+
+
+# --- training
+
+
+def settings(tmp_path, **changes) -> MetaQueryConfig:
+    """Few steps on the CPU."""
+    base = dict(
+        output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        report_to="none", preview_steps=0, logging_steps=1, warmup_steps=0, seed=3, export_dtype="float32",
+        save_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    return MetaQueryConfig(**{**base, **changes})
+
+
+class Samples(torch.utils.data.Dataset):
+    """Four prompts and four edits with their pictures, the same each time."""
+
+    is_edit = [False] * 4 + [True] * 4
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        sample = {"prompt": f"a red circle {index % 3}", "latents": torch.randn(16, 8, 8, generator=generator)}
+        if self.is_edit[index]:
+            sample["ref_latents"] = torch.randn(16, 8, 8, generator=generator)
+            pixels = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+            sample["source_pixels"] = pixels
+        return sample
+
+
+def changed(before: dict, after: torch.nn.Module) -> set[str]:
+    return {name for name, p in after.state_dict().items() if not torch.equal(p, before[name])}
+
+
+def trained(pipe, args):
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (pipe.conditioner, pipe.transformer)]
+    trainer = MetaQueryTrainer(pipe, args, Samples())
+    trainer.train()
+    return trainer, changed(before[0], pipe.conditioner), changed(before[1], pipe.transformer)
+
+
+def test_alignment_trains_queries_and_connector_alone(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    frozen = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
+    trainer, of_connector, of_transformer = trained(pipe, settings(tmp_path))
+    assert of_connector == set(pipe.conditioner.state_dict()) and not of_transformer
+    assert not changed(frozen, pipe.text_encoder)
+    saved = set(torch.load(tmp_path / "run/checkpoint-2/optimizer.pt", weights_only=True)["state"])
+    assert len(saved) == len(of_connector)
+    trainer.export(tmp_path / "export")
+    index = json.loads((tmp_path / "export/model_index.json").read_text())
+    assert "conditioner" in index
+
+
+def test_joint_training_reaches_the_transformer_at_its_own_rate(make_pipeline, tmp_path):
+    args = settings(
+        tmp_path, trainable="full", transformer_learning_rate=1e-4, max_steps=1, lr_scheduler_type="constant"
+    )
+    pipe = make_pipeline()
+    before = pipe.transformer.proj_out.weight.detach().clone()
+    trainer, of_connector, of_transformer = trained(pipe, args)
+    assert "meta_queries" in of_connector and "proj_out.weight" in of_transformer
+    assert (pipe.transformer.proj_out.weight - before).abs().max() < 2e-4  # Adam's first step is the rate
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {1e-2, 1e-4}
+
+
+def test_kept_prefixes_train_the_same(make_pipeline, tmp_path):
+    plain, kept = make_pipeline(), make_pipeline()
+    trained(plain, settings(tmp_path / "a", max_steps=4, save_strategy="no"))
+    trainer, _, _ = trained(kept, settings(tmp_path / "b", max_steps=4, save_strategy="no", prefix_cache_gib=0.01))
+    for a, b in zip(plain.conditioner.parameters(), kept.conditioner.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert trainer._store.hits > 0
+    assert any("prefix_cache/hits" in entry for entry in trainer.state.log_history)
+
+
+def test_the_store_lets_go_of_what_was_used_longest_ago(make_pipeline, pixels):
+    pipe = make_pipeline()
+    store = PrefixStore(pipe, math.inf)
+    once = store(["a", "a", "b"], None)
+    assert (store.hits, store.misses, len(store.rows)) == (1, 2, 2) and once.keys.shape[1] == 3
+    each = store.size / 2
+    store.limit = 2.5 * each
+    store(["a"], None)
+    store(["c"], None)
+    assert [key[0] for key in store.rows] == ["a", "c"] and store.size <= store.limit
+    seen = (pixels * 255).byte()
+    mixed = store(["a", "a"], seen[:2])
+    torch.testing.assert_close(mixed.keys, remember(pipe.text_encoder, pipe.prefix(["a", "a"], seen[:2] / 255)).keys)
+
+
+def test_some_pictures_are_hidden_from_the_language_model(make_pipeline, tmp_path):
+    trainer = MetaQueryTrainer(make_pipeline(), settings(tmp_path, vision_dropout=0.5), Samples())
+    rows = [{**Samples()[4 + i % 4], "draw_seed": 1} for i in range(64)]
+    seen = trainer.collate(rows)["seen"]
+    black = sum(not picture.any() for picture in seen)
+    assert 16 < black < 48
+    again = trainer.collate(rows)["seen"]
+    assert torch.equal(seen, again)
+    assert "seen" not in trainer.collate([Samples()[0]])
+
+
+@pytest.mark.parametrize("gib", [0.0, 0.01])
+def test_a_stopped_run_goes_on_bit_for_bit(make_pipeline, tmp_path, gib):
+    """Also with kept prefixes, of which a resumed run has none at first."""
+    whole, constant = make_pipeline(), {"lr_scheduler_type": "constant", "prefix_cache_gib": gib}
+    trained(whole, settings(tmp_path / "a", max_steps=4, **constant))
+    args = settings(tmp_path / "b", max_steps=4, **constant)
+    MetaQueryTrainer(make_pipeline(), settings(tmp_path / "b", max_steps=2, **constant), Samples()).train()
+    pipe = make_pipeline()
+    MetaQueryTrainer(pipe, args, Samples()).train(resume_from_checkpoint=True)
+    for a, b in zip(whole.conditioner.parameters(), pipe.conditioner.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"positions": "2d"}, "positions"),
+        ({"vision_dropout": 1.5}, "vision_dropout"),
+        ({"prefix_cache_gib": -1}, "prefix_cache_gib"),
+        ({"train_text_encoder": True}, "train_text_encoder"),
+        ({"transformer_learning_rate": 1e-4}, "trainable"),
+        ({"transformer_learning_rate": 0, "trainable": "full"}, "transformer_learning_rate"),
+        ({"trainable": "some"}, "none, full, attention"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        settings(tmp_path, **changes)
+
+
+def test_how_positions_were_trained_is_kept(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    trainer = MetaQueryTrainer(pipe, settings(tmp_path, positions="mrope"), Samples())
+    trainer.export(tmp_path / "export")
+    assert open_model(tmp_path / "export").positions == "mrope"
+    assert MetaQueryPipeline.from_pretrained(tmp_path / "export", positions="1d").positions == "1d"
+    again = MetaQueryPipeline.from_pretrained(tmp_path / "export")
+    MetaQueryTrainer(again, settings(tmp_path), Samples())
+    assert again.positions == "mrope"
+
+
+def test_a_language_model_in_bfloat16_trains_a_connector_in_float32(make_pipeline, tmp_path, vlm):
+    import copy
+
+    pipe = make_pipeline()
+    pipe.text_encoder = copy.deepcopy(vlm).bfloat16()
+    _, of_connector, _ = trained(pipe, settings(tmp_path, max_steps=1, save_strategy="no"))
+    assert "meta_queries" in of_connector and pipe.conditioner.dtype == torch.float32
+
+
+def test_pretraining_refuses_such_a_model(make_pipeline, tmp_path):
+    from unipic2.trainer.pretrain import parse as parse_pretraining
+    from unipic2.trainer.pretrain import pretrain
+
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    argv = ["--model_name_or_path", str(tmp_path / "mq"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    with pytest.raises(InputError, match="unipic2 train metaquery"):
+        pretrain(*parse_pretraining(argv))
+
+
+def test_sizes_that_contradict_the_models_connector_are_named(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    argv = ["--model_name_or_path", str(tmp_path / "mq"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    assert load_metaquery(*parse([*argv, "--num_queries", "5"])).conditioner.num_queries == 5
+    for flag, value, real in (("num_queries", 64, 5), ("connector_hidden_size", 128, 64)):
+        with pytest.raises(InputError, match=f"{flag}: found {value}, expected {real}"):
+            load_metaquery(*parse([*argv, f"--{flag}", str(value)]))
+
+
+def test_what_only_moves_whole_parts_is_refused(make_pipeline):
+    with pytest.raises(InputError, match="encode_conditions"):
+        make_pipeline().enable_model_cpu_offload()
+
+
+def test_words_and_ready_states_together_are_refused(make_pipeline):
+    pipe = make_pipeline()
+    states, pooled = pipe.encode_conditions(["b"])
+    ready = {"negative_prompt_embeds": states, "negative_pooled_prompt_embeds": pooled}
+    with pytest.raises(InputError, match="negative_prompt_embeds"):
+        pipe("a", height=64, width=64, num_inference_steps=1, **ready)
+
+
+def test_pretraining_has_no_trainable_none(tmp_path):
+    from unipic2.trainer import FlowMatchingConfig
+
+    with pytest.raises(InputError, match="one of full, attention"):
+        FlowMatchingConfig(output_dir=str(tmp_path), trainable="none", use_cpu=True)
+
+
+def test_the_command_trains_a_new_connector_and_exports(
+    make_pipeline, make_small_pipeline, pairs_file, tmp_path, capsys
+):
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    make_small_pipeline().save_pretrained(tmp_path / "base")
+    argv = [
+        "--model_name_or_path", str(tmp_path / "base"), "--vlm_name_or_path", str(tmp_path / "mq"), "--dataset_name",
+        str(pairs_file), "--resolution", "64", "--max_aspect", "1", "--output_dir", str(tmp_path / "run"), "--use_cpu",
+        "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--preview_steps", "2",
+        "--preview_inference_steps", "1", "--num_queries", "3", "--connector_hidden_size", "64",
+        "--connector_intermediate_size", "64", "--connector_num_hidden_layers", "1",
+        "--connector_num_attention_heads", "1", "--export_vlm",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    export = tmp_path / "run/export"
+    assert capsys.readouterr().out.strip().endswith("export")
+    pipe = open_model(export, torch_dtype=torch.float32)
+    assert pipe.conditioner.num_queries == 3 and not list((tmp_path / "run/previews").glob("*")) == []
+    assert "MetaQueryPipeline" in (export / "README.md").read_text()
+    assert len(pipe("a", height=64, width=64, num_inference_steps=1).images) == 1
+    # A MetaQuery model goes on with its own parts.
+    script_args, args = parse(["--model_name_or_path", str(export), "--output_dir", str(tmp_path / "x"), "--use_cpu"])
+    assert load_metaquery(script_args, args).conditioner.num_queries == 3
+
+
+def test_the_command_says_what_it_does_not_do(tmp_path):
+    common = ["--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="prefix_cache_gib"):
+        parse([*common, "--cache_dir", str(tmp_path), "--dataset_name", "pairs.jsonl"])
+    with pytest.raises(InputError, match="num_queries"):
+        parse([*common, "--num_querys", "3"])
+
+
+def test_rewards_train_its_transformer(make_pipeline, tmp_path):
+    """PDTR's trainer on a MetaQuery model: prompts of edits are encoded with their pictures, guided too."""
+    from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
+
+    class Rows(torch.utils.data.Dataset):
+        is_edit = [False] * 2 + [True] * 2
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            row = {"prompt": f"a {index}", "size": (64, 64)}
+            return {**row, "source_image": Image.new("RGB", (64, 64), (60 * index, 0, 0))} if index > 1 else row
+
+    args = FlowGRPOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2, use_cpu=True,
+        num_inference_steps=5, report_to="none", preview_steps=0, save_strategy="no", edit_ratio=0.5,
+        learning_rate=1e-3, guidance_scale=2.0, beta=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    pipe = make_pipeline()
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    connector = {k: v.clone() for k, v in pipe.conditioner.state_dict().items()}
+
+    def redness(prompts, images, **columns):
+        return [float(i.resize((1, 1)).getpixel((0, 0))[0]) for i in images]
+
+    FlowGRPOTrainer(pipe, redness, args, Rows()).train()
+    assert changed(before, pipe.transformer) and not changed(connector, pipe.conditioner)

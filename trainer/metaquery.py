@@ -1,0 +1,143 @@
+"""`unipic2 train metaquery`: the connector between Qwen2.5-VL and the transformer, from a YAML file and flags."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..core.connector import StableDiffusion3Conditioner
+from ..core.errors import InputError
+from .kontext_pipeline import StableDiffusion3KontextPipeline
+from .metaquery_config import MetaQueryConfig
+from .metaquery_pipeline import VLM_PARTS, MetaQueryPipeline, is_metaquery, load_vlm, vlm_folder
+from .metaquery_trainer import MetaQueryTrainer
+from .pretrain import PretrainArguments, identity_of, load_dataset
+from .script import (
+    TEXT_ENCODERS,
+    check_identity,
+    find_checkpoint,
+    finish,
+    parse_settings,
+    previews_of,
+    stages_card,
+    train_and_export,
+)
+from .stages import parse_stages, run_stages
+
+PUBLISHED_SIZES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 24}
+PUBLISHED_QUERIES = 256
+_METHOD = "MetaQuery"
+
+
+@dataclass
+class MetaQueryArguments(PretrainArguments):
+    """What is trained and on what. `model_name_or_path` may be a MetaQuery model, or one that gets a new connector."""
+
+    num_queries: int | None = field(
+        default=None, metadata={"help": "New connector: learned queries, one text token each; default 256."}
+    )
+    connector_hidden_size: int | None = field(
+        default=None, metadata={"help": "New connector: its width; default 1536."}
+    )
+    connector_intermediate_size: int | None = field(
+        default=None, metadata={"help": "New connector: width inside its MLPs; default 8960."}
+    )
+    connector_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "New connector: its layers; default 24."}
+    )
+    connector_num_attention_heads: int | None = field(
+        default=None,
+        metadata={"help": "New connector: heads, default 64 wide, as ComfyUI takes them in files without config."},
+    )
+    export_vlm: bool = field(
+        default=False,
+        metadata={"help": "Write Qwen2.5-VL into the export too, for small ones that nobody else has."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cache_dir is not None:
+            remedy = "prefix_cache_gib keeps what Qwen2.5-VL computes, in main memory."
+            raise InputError("cache_dir", found="a folder", expected="none for MetaQuery", remedy=remedy)
+
+
+def parse(argv: list[str]) -> tuple[MetaQueryArguments, MetaQueryConfig]:
+    """Read `--config FILE` and flags; flags win. Raises InputError, see `parse_settings`."""
+    return parse_settings(argv, MetaQueryArguments, MetaQueryConfig, "metaquery")
+
+
+def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> MetaQueryPipeline:
+    """Load a MetaQuery model, or put a new connector between Qwen2.5-VL and another model's transformer.
+
+    Frozen parts come in bfloat16 under `bf16` on a GPU, what is trained in float32.
+
+    Raises:
+        InputError: see `MetaQueryPipeline.from_pretrained` and `StableDiffusion3Conditioner`.
+    """
+    frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
+    transformer = frozen if args.trainable == "none" else torch.float32
+    types = {"default": frozen, "transformer": transformer, "conditioner": torch.float32}
+    folder = StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    given = {name: getattr(script_args, f"connector_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if is_metaquery(folder):
+        pipeline = MetaQueryPipeline.from_pretrained(folder, script_args.vlm_name_or_path, torch_dtype=types)
+        _check_sizes(pipeline.conditioner.config, script_args.num_queries, given)
+    else:
+        base = StableDiffusion3KontextPipeline.from_pretrained(
+            folder, torch_dtype=types, **dict.fromkeys(TEXT_ENCODERS)
+        )
+        parts = load_vlm(vlm_folder(None, script_args.vlm_name_or_path), frozen)
+        sizes = {**PUBLISHED_SIZES, **given}
+        sizes.setdefault("num_attention_heads", max(1, sizes["hidden_size"] // 64))
+        conditioner = StableDiffusion3Conditioner(
+            sizes,
+            num_queries=script_args.num_queries or PUBLISHED_QUERIES,
+            llm_hidden_size=parts["text_encoder"].config.text_config.hidden_size,
+            pooled_projection_dim=base.transformer.config.pooled_projection_dim,
+            joint_attention_dim=base.transformer.config.joint_attention_dim,
+        ).initialize(args.seed)
+        pipeline = MetaQueryPipeline(base.transformer, base.scheduler, base.vae, conditioner=conditioner, **parts)
+        pipeline.loaded_from, pipeline.given = folder, frozenset({*VLM_PARTS, "conditioner"})
+    pipeline.writes_vlm = script_args.export_vlm
+    return pipeline
+
+
+def _check_sizes(config: dict, num_queries: int | None, given: dict[str, int]) -> None:
+    """Raise InputError where sizes of a new connector are given for a model that has one, of other sizes."""
+    real = {"num_queries": config["num_queries"], **config["connector_config"]}
+    for name, value in {"num_queries": num_queries, **given}.items():
+        if value not in (None, real[name]):
+            setting = name if name == "num_queries" else f"connector_{name}"
+            raise InputError(setting, found=value, expected=f"{real[name]}, as the model's connector has, or nothing")
+
+
+def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
+    """Train and export; returns the folder of the exported pipeline, `output_dir/export`."""
+    checkpoint = find_checkpoint(script_args, args)
+    pipeline = load_metaquery(script_args, args)
+    dataset = load_dataset(script_args, args, pipeline)
+    identity = identity_of(script_args, args, dataset) | {
+        "vlm_name_or_path": script_args.vlm_name_or_path,
+        "positions": args.positions or pipeline.positions,
+        "trainable": args.trainable,
+    }
+    check_identity(args, identity, resumed=checkpoint is not None)
+    previews = previews_of(script_args, args, dataset)
+    trainer = MetaQueryTrainer(pipeline, args, dataset, previews, peft_config=script_args.peft_config())
+    frozen = "the transformer frozen" if args.trainable == "none" else "with the transformer"
+    return train_and_export(trainer, script_args, args, checkpoint, f"{_METHOD} ({frozen})")
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `unipic2 train metaquery`."""
+    stages = parse_stages(argv, parse)
+    if stages is None:
+        script_args, args = parse(argv)
+        finish(metaquery(script_args, args), args)
+    else:
+        args = stages[-1][1]
+        folder = run_stages(stages, metaquery)
+        finish(folder, args, stages_card(stages, folder.parent, _METHOD))
+    return 0

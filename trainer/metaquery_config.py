@@ -1,0 +1,68 @@
+"""Settings of `MetaQueryTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..core.errors import InputError, check_one_of, check_share
+from ..core.prompts import POSITIONS
+from .adapters import TRAINABLE
+from .flow_matching_config import FlowMatchingConfig
+
+
+@dataclass
+class MetaQueryConfig(FlowMatchingConfig):
+    """`FlowMatchingConfig` plus what MetaQuery adds. Queries and connector are always trained, Qwen2.5-VL never."""
+
+    TRAINABLE: ClassVar[tuple[str, ...]] = ("none", *TRAINABLE)
+
+    trainable: str = field(
+        default="none",
+        metadata={
+            "help": "Weights of the transformer that are trained beside the queries and the connector: none (the "
+            "first stage, alignment), attention, or full (the second, joint one)."
+        },
+    )
+    transformer_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Rate of the transformer's weights, usually a tenth of the others'; None is learning_rate."},
+    )
+    positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the picture's tokens are numbered in Qwen2.5-VL: 1d, as the published model is run, or "
+            "mrope, by rows and columns. Exported with the model; the nodes have the same choice. None is the "
+            "model's own, 1d for a new connector."
+        },
+    )
+    vision_dropout: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of edits, 0 to 1, for which Qwen2.5-VL sees a black picture (the transformer still has its "
+            "reference); drawn apart from edit_caption_dropout, so some lose both."
+        },
+    )
+    prefix_cache_gib: float = field(
+        default=0.0,
+        metadata={
+            "help": "Main memory of each process, in GiB, for keys and values of prompts and pictures that come "
+            "again: Qwen2.5-VL is not run over them a second time. 0 keeps none; the least recently used go."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions is not None:
+            check_one_of("positions", self.positions, POSITIONS)
+        check_share("vision_dropout", self.vision_dropout)
+        if not self.prefix_cache_gib >= 0:
+            raise InputError("prefix_cache_gib", found=self.prefix_cache_gib, expected="a number from 0 on")
+        if self.train_text_encoder:
+            raise InputError("train_text_encoder", found="true", expected="false: Qwen2.5-VL stays as it is")
+        rate = self.transformer_learning_rate
+        if rate is not None and not rate > 0:
+            raise InputError("transformer_learning_rate", found=rate, expected="a number above 0, or null")
+        if rate is not None and self.muon_learning_rate is not None:
+            found, expected = "muon_learning_rate too", "one of them: under Muon all matrices have one rate"
+            raise InputError("transformer_learning_rate", found=found, expected=expected)
+        if rate is not None and self.trainable == "none":
+            raise InputError("transformer_learning_rate", found="trainable: none", expected="trainable: full")

@@ -1,0 +1,196 @@
+"""Training MetaQuery: queries and connector behind a frozen Qwen2.5-VL, with or without the transformer.
+
+Objective, data, batches, averages, previews, checkpoints and exports are those of `FlowMatchingTrainer`; only the text
+is another: in place of ready states the loss gets what stands before the queries, and runs these itself.
+
+Stages as published by the connector's authors (OpenUni, arXiv 2505.23661): alignment with the transformer frozen, then
+joint training at a lower rate.
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import fields
+
+import torch
+from torch import nn
+
+from ..core.errors import InputError
+from .batches import DRAW_SEED, derived_seed
+from .flow_matching_trainer import FlowMatchingTrainer
+from .kontext_trainer import KontextForTraining
+from .metaquery_config import MetaQueryConfig
+from .metaquery_pipeline import MetaQueryPipeline
+from .query_states import Prefix, PrefixCache, query_states, remember
+
+_VISION = 3  # purpose of a seed derived from a draw's, see `flow_matching_trainer`
+
+
+class MetaQueryForTraining(KontextForTraining):
+    """The parts that one loss reaches: the transformer, and before it queries and connector."""
+
+    def __init__(self, transformer: nn.Module, conditioner: nn.Module, vlm: nn.Module):
+        super().__init__(transformer, None)
+        self.conditioner = conditioner
+        self._vlm = (vlm,)  # in a tuple: no part of what is trained, saved or wrapped
+
+    def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
+        """Predict the velocity, see `KontextForTraining.forward`.
+
+        `text` is a `Prefix` or a `PrefixCache`, or ready `(states (B, Q, D), pooled (B, P))`.
+        """
+        if isinstance(text, (Prefix, PrefixCache)):
+            states = query_states(self._vlm[0], self.conditioner.meta_queries, text)
+            text = self.conditioner(states.to(self.conditioner.dtype))
+        return super().forward(noisy, sigmas, text, ref_latents)
+
+
+class PrefixStore:
+    """Keeps keys and values of prefixes in main memory, up to a size; the least recently used are let go.
+
+    Args:
+        pipeline: makes what is missing.
+        limit: bytes.
+    """
+
+    def __init__(self, pipeline: MetaQueryPipeline, limit: float):
+        self.pipeline, self.limit = pipeline, limit
+        self.rows: OrderedDict[tuple, PrefixCache] = OrderedDict()
+        self.size = self.hits = self.misses = 0
+
+    def __call__(self, prompts: list[str], pictures: torch.Tensor | None) -> PrefixCache:
+        """Return the prefixes of prompts, with pictures (B, 3, H, W) uint8 for edits, as one batch."""
+        keys = [(p, None if pictures is None else _digest(pictures[i])) for i, p in enumerate(prompts)]
+        missing = list({key: i for i, key in enumerate(keys) if key not in self.rows}.values())
+        found = {key: self.rows[key] for key in keys if key in self.rows}
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        for i in missing:
+            # Each alone: in a batch, rounding would depend on the others, and a resumed run on what came before.
+            seen = None if pictures is None else pictures[i : i + 1].float() / 255
+            made = remember(self.pipeline.text_encoder, self.pipeline.prefix([prompts[i]], seen))
+            found[keys[i]] = PrefixCache(*(getattr(made, field.name).cpu() for field in fields(made)))
+        for key in keys:
+            self._keep(key, found[key])
+        return _joined([found[key] for key in keys], self.pipeline.text_encoder.device)
+
+    def _keep(self, key: tuple, row: PrefixCache) -> None:
+        if key not in self.rows:
+            self.size += _bytes(row)
+            self.rows[key] = row
+        self.rows.move_to_end(key)
+        while self.size > self.limit and self.rows:
+            self.size -= _bytes(self.rows.popitem(last=False)[1])
+
+
+def _digest(picture: torch.Tensor) -> bytes:
+    return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+def _bytes(row: PrefixCache) -> int:
+    return row.keys.nbytes + row.values.nbytes
+
+
+def _joined(rows: list[PrefixCache], device: torch.device) -> PrefixCache:
+    """Return rows as one batch on a device, padded on the left."""
+    width = max(row.mask.shape[1] for row in rows)
+
+    def padded(part: torch.Tensor, dim: int) -> torch.Tensor:
+        missing = width - part.shape[dim]
+        shape = [*part.shape[:dim], missing, *part.shape[dim + 1 :]]
+        return torch.cat([part.new_zeros(shape), part], dim=dim) if missing else part
+
+    keys, values = (torch.cat([padded(getattr(row, kind), 3) for row in rows], 1) for kind in ("keys", "values"))
+    mask = torch.cat([padded(row.mask, 1) for row in rows])
+    position = torch.cat([row.next_position for row in rows])
+    return PrefixCache(keys.to(device), values.to(device), mask.to(device), position.to(device))
+
+
+class MetaQueryTrainer(FlowMatchingTrainer):
+    """Flow matching through Qwen2.5-VL, queries and connector.
+
+    Args:
+        pipeline: a `MetaQueryPipeline`; its language model is not changed.
+        args: settings.
+        train_dataset: as for `FlowMatchingTrainer`; edits bring what Qwen2.5-VL sees, uint8 (3, H, W), as
+            `ref_pixel_values` or, beside latents, as `source_pixels`.
+        previews, callbacks: as for `KontextTrainer`.
+
+    Raises:
+        InputError: see `FlowMatchingTrainer`; or LoRA.
+    """
+
+    method = "MetaQuery"
+    can_be_sharded = False
+
+    def __init__(
+        self,
+        pipeline: MetaQueryPipeline,
+        args: MetaQueryConfig,
+        train_dataset,
+        previews=None,
+        callbacks: list | None = None,
+        peft_config=None,
+    ):
+        if peft_config is not None:
+            remedy = "Train the connector first; a LoRA of its transformer by `unipic2 train grpo` or `pdtr`."
+            raise InputError("use_peft", found="true", expected="false for MetaQuery", remedy=remedy)
+        pipeline.positions = args.positions or pipeline.positions
+        pipeline.conditioner.requires_grad_(True).float()
+        self._store = PrefixStore(pipeline, args.prefix_cache_gib * 2**30) if args.prefix_cache_gib else None
+        super().__init__(pipeline, args, train_dataset, previews, callbacks)
+
+    def build_model(self, pipeline: MetaQueryPipeline) -> MetaQueryForTraining:
+        """Return the transformer with queries and connector before it."""
+        return MetaQueryForTraining(pipeline.transformer, pipeline.conditioner, pipeline.text_encoder)
+
+    def trained_components(self) -> set[str]:
+        """Return the connector, and the transformer if it is trained."""
+        return {"conditioner"} if self.args.trainable == "none" else {"conditioner", "transformer"}
+
+    def collate(self, samples: list[dict]) -> dict:
+        """Do as `FlowMatchingTrainer` does, and add what Qwen2.5-VL sees: uint8 (B, 3, H, W), some of it black."""
+        batch = super().collate(samples)
+        if not batch["is_edit"]:
+            return batch
+        name = "source_pixels" if "source_pixels" in samples[0] else "ref_pixel_values"
+        if name not in samples[0]:
+            raise InputError("edits for MetaQuery", found="no pixels", expected="source_pixels, which Qwen2.5-VL sees")
+        seen = torch.stack([s[name] for s in samples])
+        generator = torch.Generator().manual_seed(derived_seed(samples[0].get(DRAW_SEED, 0), _VISION))
+        seen[torch.rand(len(samples), generator=generator) < self.args.vision_dropout] = 0
+        return {**batch, "seen": seen}
+
+    def text_of(self, inputs: dict, device: torch.device) -> PrefixCache:
+        """Return what stands before the queries of a batch, out of the store if there is one.
+
+        Either way the language model has run over it without gradients, and runs over the queries alone with them.
+        """
+        seen = inputs.get("seen")
+        self.pipeline.text_encoder.to(device)
+        with torch.autocast(device.type, enabled=False):
+            if self._store is not None:
+                return self._store(inputs["text"], None if seen is None else seen.cpu())
+            prefix = self.pipeline.prefix(inputs["text"], None if seen is None else seen.float() / 255)
+            return remember(self.pipeline.text_encoder, prefix)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return the optimizer, with the transformer's weights in groups of their own rate if they have one."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if made and self.args.transformer_learning_rate is not None:
+            slow = {id(p) for p in self.trained_model().transformer.parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                own, rest = ([p for p in group["params"] if (id(p) in slow) == kind] for kind in (True, False))
+                groups += [{**group, "params": rest}] if rest else []
+                rate = self.args.transformer_learning_rate
+                groups += [{**group, "params": own, "lr": rate}] if own else []
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add how often a prefix was in the store since training began."""
+        if "loss" in logs and self._store is not None:
+            asked = max(1, self._store.hits + self._store.misses)
+            logs |= {"prefix_cache/hits": round(self._store.hits / asked, 4)}
+            logs |= {"prefix_cache/gib": round(self._store.size / 2**30, 3)}
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,112 @@
+"""`unipic2 micro metaquery`: the micro MetaQuery model from one seed: understands, draws and edits."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ...core.files import check_replaceable, write_file
+from ..metaquery import metaquery, parse
+from ..metaquery_pipeline import MetaQueryPipeline, load_vlm
+from ..sheets import save_sheet
+from ..stages import parse_stages, run_stages
+from . import VLM_STEPS
+from .evaluate import evaluate
+from .make import HELD_OUT_SEED, Stages, check_overrides, publish, results_table
+from .sheet import result_sheet
+from .vlm import build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
+
+_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "metaquery_micro.yaml"
+
+
+def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, overrides: list[str]) -> dict:
+    """Train Qwen2.5-VL on questions, then the connector, then all of it; evaluate and write the model to `out`.
+
+    Args:
+        out: folder of the finished model; replaced as a whole at the end.
+        work: folder for stages, checkpoints, logs and previews; a second call goes on from there.
+        base: micro model whose transformer and VAE are taken.
+        seed: the one seed of everything.
+        vlm_steps: optimizer steps of Qwen2.5-VL.
+        overrides: further flags of `unipic2 train metaquery`.
+
+    Returns:
+        The results: questions, and held-out prompts and edits.
+
+    Raises:
+        InputError: `work` holds a run with other settings, or `out` something that is no exported pipeline.
+    """
+    check_overrides("unipic2 micro metaquery", overrides, ("--vlm_name_or_path",))
+    out, work = out.absolute(), work.absolute()
+    check_replaceable(out)
+    settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides}
+    stages = Stages(work, settings)
+    vlm_dir, run_dir = work / "vlm", work / "run"
+    argv = ["--config", str(_CONFIG), "--model_name_or_path", base, "--vlm_name_or_path", str(vlm_dir)]
+    argv += ["--output_dir", str(run_dir), "--seed", str(seed), "--resume"]
+    argv += [*([] if torch.cuda.is_available() else ["--use_cpu"]), *overrides]
+    runs = parse_stages(argv, parse)
+
+    def understand() -> None:
+        tokenizer = build_vlm_tokenizer(vlm_dir, seed)
+        vlm = train_vlm(build_vlm(tokenizer, seed), tokenizer, work / "vlm-log", vlm_steps, seed)
+        vlm.save_pretrained(vlm_dir)
+
+    stages.run("vlm", understand)
+
+    def questions() -> None:
+        parts = load_vlm(vlm_dir)
+        scores, given = question_accuracy(parts["text_encoder"], parts["tokenizer"], 900, HELD_OUT_SEED)
+        write_file(work / "questions.json", json.dumps(scores, indent=2) + "\n")
+        lines = [f"{q.kind}\t{q.text}\t{q.answer}\t{text}" for q, text in given]
+        write_file(work / "answers.tsv", "\n".join(["kind\tquestion\tanswer\tgiven", *lines]) + "\n")
+        sys.stderr.write(f"questions: {scores['accuracy']:.3f} of {scores['n']} right\n")
+
+    stages.run("questions", questions)
+    stages.run("train", lambda: run_stages(runs, metaquery))
+
+    def score() -> None:
+        pipeline = MetaQueryPipeline.from_pretrained(run_dir / "export", torch_dtype=torch.float32)
+        scores, drawn = evaluate(pipeline, 256, HELD_OUT_SEED)
+        save_sheet(result_sheet(drawn), work / "results.png")
+        write_file(work / "results.json", json.dumps(scores, indent=2) + "\n")
+
+    stages.run("evaluate", score)
+    results = json.loads((work / "results.json").read_text(encoding="utf-8"))
+    results["questions"] = json.loads((work / "questions.json").read_text(encoding="utf-8"))
+    command = ["unipic2", "micro", "metaquery", "--seed", str(seed), "--base", base]
+    command += ["--vlm-steps", str(vlm_steps)] if vlm_steps != VLM_STEPS else []
+    publish(run_dir / "export", out, card(shlex.join([*command, *overrides]), stages.minutes, results, runs))
+    return results
+
+
+def card(command: str, minutes: dict, results: dict, runs: list[tuple]) -> str:
+    """Return the model card as Markdown."""
+    asked = results["questions"]
+    rows = [f"| {kind} | {accuracy:.3f} |" for kind, accuracy in asked["kinds"].items()]
+    steps = ", ".join(f"{args.max_steps} ({args.trainable})" for _, args in runs)
+    total = sum(minutes.values())
+    spent = ", ".join(f"{name} {value}" for name, value in minutes.items())
+    return f"""# Micro UniPic2-MetaQuery
+
+The micro model with a small Qwen2.5-VL, learned queries and a connector in place of its text encoder: it answers
+questions about its pictures, draws and edits, in the published layout.
+
+Made by one command, {total:.0f} minutes on {torch.get_num_threads()} CPU threads (in minutes: {spent}):
+
+```
+{command}
+```
+
+Optimizer steps by stage, and what of the transformer was trained: {steps}.
+
+Held-out questions, right word for word: {asked["accuracy"]:.3f} of {asked["n"]}.
+
+| questions | accuracy |
+|---|---|
+{chr(10).join(rows)}
+
+{results_table(results)}
+"""

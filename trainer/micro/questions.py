@@ -1,0 +1,129 @@
+"""Questions about the micro world, with their only right answers: what Micro Qwen2.5-VL learns to understand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...core.micro import IMAGE_SIZE
+from .tasks import EDIT_KINDS, RELATIONS, T2I_KINDS, relation_of, sample_edit, sample_t2i
+from .world import COLORS, SHAPES, Scene, Thing, sample_looks, sample_scene
+
+PICTURE_KINDS = ("what", "how_many", "color", "where", "beside", "exists", "describe")
+"""Questions about a picture."""
+TASK_KINDS = ("prompt", "edit")
+"""What a prompt asks for, without a picture, and what an instruction makes of one: the words of both tasks."""
+KINDS = (*PICTURE_KINDS, *TASK_KINDS)
+_NUMBERS = ("none", "one", "two", "three", "four")
+_CLEAR = 3  # pixels from the middle before a quarter of the picture is named
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question. Example: `Question("color", "what color is the circle?", "red", scene)`."""
+
+    kind: str
+    """One of `KINDS`."""
+    text: str
+    """The words."""
+    answer: str
+    """The right answer, word for word."""
+    scene: Scene | None
+    """The picture; None for a question about a prompt."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names of things in the one order that answers have: by the alphabet, each with its article."""
+    return ", ".join(f"a {name}" for name in sorted(names)) if names else "nothing"
+
+
+def describe_scene(scene: Scene) -> str:
+    """Return what is in a picture, and its ground, in words."""
+    return f"{listed([thing.name for thing in scene.things])} on {scene.ground}"
+
+
+def ask(rng: np.random.Generator, kind: str, held_out: bool = False) -> Question:
+    """Return a new question of a kind; `held_out` chooses the side of the split of prompts and instructions."""
+    while True:
+        if kind == "prompt":
+            return _about_prompt(rng, held_out)
+        if kind == "edit":
+            task = sample_edit(rng, EDIT_KINDS[rng.integers(len(EDIT_KINDS))], held_out)
+            return Question(kind, f"{task.prompt}. what is there then?", describe_scene(task.target), task.source)
+        scene = _scene(rng)
+        found = _about_picture(rng, kind, scene)
+        if found is not None:
+            return Question(kind, *found, scene)
+
+
+def _scene(rng: np.random.Generator) -> Scene:
+    count = int(rng.integers(1, 5))
+    if rng.random() < 0.2:  # the same thing several times, as prompts that count ask for it
+        return sample_scene(rng, [sample_looks(rng, 1)[0]] * count)
+    return sample_scene(rng, sample_looks(rng, count))
+
+
+def _about_prompt(rng: np.random.Generator, held_out: bool) -> Question:
+    task = sample_t2i(rng, T2I_KINDS[rng.integers(len(T2I_KINDS))], held_out)[0]
+    if task.relation is not None and rng.random() < 0.5:
+        first, second = (shape for shape, _ in task.looks)
+        sides = dict(zip(RELATIONS, ("left", "right", "top", "bottom"), strict=True))
+        other = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+        side = sides[task.relation]
+        if rng.random() < 0.5:
+            return Question("prompt", f"{task.prompt}. what is at the {side}?", f"a {first}", None)
+        return Question("prompt", f"{task.prompt}. what is at the {other[side]}?", f"a {second}", None)
+    names = [shape if color is None else f"{color} {shape}" for shape, color in task.looks]
+    return Question("prompt", f"{task.prompt}. what is there?", listed(names), None)
+
+
+def _about_picture(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str] | None:
+    """Return question and answer, or None where this scene has no single answer to such a question."""
+    things = scene.things
+    thing: Thing = things[rng.integers(len(things))]
+    if kind == "what":
+        if sum(t.color == thing.color for t in things) > 1:
+            return None
+        return f"what shape is {thing.color}?", thing.shape
+    if kind == "how_many":
+        shape, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
+        if rng.random() < 0.6:  # mostly about what is there
+            shape, color = thing.shape, thing.color
+        plural = f"{shape}es" if shape == "cross" else f"{shape}s"
+        choices = {
+            "shapes": len(things),
+            plural: sum(t.shape == shape for t in things),
+            f"{color} shapes": sum(t.color == color for t in things),
+        }
+        words = list(choices)[rng.integers(3)]
+        return f"how many {words} are there?", _NUMBERS[choices[words]]
+    if kind == "color":
+        if rng.random() < 0.2:
+            return "what color is the background?", scene.ground
+        if sum(t.shape == thing.shape for t in things) > 1:
+            return None
+        return f"what color is the {thing.shape}?", thing.color
+    if kind == "where":
+        middle = IMAGE_SIZE // 2
+        off = thing.x - middle, thing.y - middle
+        if min(map(abs, off)) < _CLEAR or sum(t.name == thing.name for t in things) > 1:
+            return None
+        return (
+            f"where is the {thing.name}?",
+            f"{'top' if off[1] < 0 else 'bottom'} {'left' if off[0] < 0 else 'right'}",
+        )
+    if kind == "beside":
+        if len(things) != 2 or things[0].name == things[1].name:
+            return None
+        first, second = (things[i] for i in rng.permutation(2))
+        relation = relation_of(first, second)
+        return None if relation is None else (f"what is {relation} the {second.name}?", f"a {first.name}")
+    if kind == "exists":
+        shape, color = sample_looks(rng, 1)[0]
+        if rng.random() < 0.5:
+            shape, color = thing.shape, thing.color
+        elif rng.random() < 0.6:  # nearly right: the harder "no"
+            shape, color = (shape, thing.color) if rng.random() < 0.5 else (thing.shape, color)
+        there = any((t.shape, t.color) == (shape, color) for t in things)
+        return f"is there a {color} {shape}?", "yes" if there else "no"
+    return "describe the picture.", describe_scene(scene)
