@@ -6,7 +6,8 @@ All train queries and connector of the micro size (random weights, bfloat16 auto
 prompts and edits, which come again in every pass, in one run on one machine:
 
 - plain: Qwen2.5-VL runs over prompt, picture and queries at once, with gradients, as published trainers do it;
-- prefixes: it runs over prompt and picture without gradients, then over the queries alone;
+- prefixes: it runs over prompt and picture without gradients (in its own type, here float32), then over the queries
+  alone;
 - kept prefixes (`prefix_cache_gib`): it runs over the queries alone. Prefixes are all kept before the clock starts, as
   they are from the second pass on.
 """

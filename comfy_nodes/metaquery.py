@@ -5,6 +5,7 @@ which ComfyUI puts in as Q positions; a picture enters as a token of our own typ
 vision encoder and which ComfyUI numbers plainly, as the published script does.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,8 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
         raise InputError(f"{node}, clip", found="nothing", expected="Qwen2.5-VL", remedy=remedy)
     llama = comfy.text_encoders.llama
     kinds = tuple(getattr(llama, name) for name in ("Qwen25_7BVLI", "Qwen25_3B") if hasattr(llama, name))
-    for key, module in clip.cond_stage_model.named_children():
+    # Not `cond_stage_model`: hooks and device nodes give a clone of a CLIP another model.
+    for key, module in clip.patcher.model.named_children():
         transformer = getattr(module, "transformer", None)
         if not isinstance(transformer, kinds):
             continue
@@ -119,7 +121,7 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
             raise InputError(f"{node}, clip", found="a language model without vision", remedy=remedy)
         inner = getattr(clip.tokenizer, clip.tokenizer.clip)
         return _Qwen(key, transformer, inner.tokenizer)
-    found = type(clip.cond_stage_model).__name__
+    found = type(clip.patcher.model).__name__
     raise InputError(f"{node}, clip", found=f"another text encoder ({found})", expected="Qwen2.5-VL", remedy=remedy)
 
 
@@ -148,31 +150,34 @@ def encode(clip, connector, prompts: tuple[str, ...], image, positions: str, nod
         pixels = to_rgb(image, f"{node}, image").movedim(-1, 1)
         seen = [vision_pixels(picture[None]).movedim(1, -1) for picture in pixels]
         pictures = [{"type": _PICTURE_TYPES[positions], "data": p, "original_type": "image", _OURS: {}} for p in seen]
-    states: list[list] = [[] for _ in prompts]
+    inner, states = _loaded(clip, qwen), [[] for _ in prompts]
     for picture in pictures:
         for found, prompt in zip(states, prompts, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
             tokens = _tokens(qwen, metaquery_segments(prompt, picture is not None), picture)
-            found.append(_states(clip, qwen, tokens, queries))
+            found.append(_states(inner, tokens, queries, clip.patcher.load_device))
     # Once the language model is done, so that it and the connector need not be in memory together.
     comfy.model_management.load_models_gpu([connector])
     out, conditioning = comfy.model_management.intermediate_device(), []
     for found in states:
-        text, pooled = connector.model.conditioner(torch.cat(found).to(connector.load_device))
-        conditioning.append([[text.to(out), {"pooled_output": pooled.to(out)}]])
+        with _on(connector.load_device):
+            text, pooled = connector.model.conditioner(torch.cat(found).to(connector.load_device))
+        values = {"pooled_output": pooled.to(out)}
+        clip.add_hooks_to_dict(values)  # of Set CLIP Hooks, as stock encoding does it
+        conditioning.append([[text.to(out), values]])
     return conditioning
 
 
-def _states(clip, qwen: _Qwen, tokens: list, queries):
+def _states(inner, tokens: list, queries, device):
     """Return the states (1, Q, L) of the queries behind a chat, after the last norm.
 
     By the CLIP's inner model, always its last layer: what is around it belongs to the picture model that a CLIP was
     loaded for, which may want another layer and cut templates off.
     """
-    inner, device = _loaded(clip, qwen), clip.patcher.load_device
     inner.set_clip_options({"layer": None, "execution_device": device})
     try:
-        encoded = inner.encode_token_weights([[(token, 1.0) for token in (*tokens, queries)]])
+        with _on(device):
+            encoded = inner.encode_token_weights([[(token, 1.0) for token in (*tokens, queries)]])
     finally:
         inner.reset_clip_options()
     return encoded[0][:, -len(queries) :]
@@ -181,7 +186,12 @@ def _states(clip, qwen: _Qwen, tokens: list, queries):
 def _loaded(clip, qwen: _Qwen, extra_bytes: int = 0):
     """Return the CLIP's inner model, loaded by ComfyUI with its patches."""
     comfy.model_management.load_models_gpu([clip.patcher], memory_required=extra_bytes)
-    return getattr(clip.cond_stage_model, qwen.key)
+    return getattr(clip.patcher.model, qwen.key)
+
+
+def _on(device):
+    """Make a device the current one meanwhile, as newer cores do for their kernels."""
+    return getattr(comfy.model_management, "cuda_device_context", nullcontext)(device)
 
 
 def _tokens(qwen: _Qwen, segments: list[str], picture: dict | None) -> list:
@@ -263,19 +273,21 @@ def answer(clip, question: str, image, lm_head: str, max_length: int, sampling: 
         picture = {"type": "image", "data": data, "original_type": "image", _OURS: {}}
     tokens = _tokens(qwen, question_segments(question, image is not None), picture)
     inner, device = _loaded(clip, qwen, 0 if head is None else head.nbytes), clip.patcher.load_device
-    embeds, _, _, info = inner.process_tokens([tokens], device)
+    with _on(device):
+        embeds, _, _, info = inner.process_tokens([tokens], device)
     stops = [qwen.tokenizer.convert_tokens_to_ids(token) for token in _ANSWER_END]
     language_model = qwen.transformer.model
     if head is not None:
         language_model.lm_head = _head_layer(head.to(device))
     try:
-        ids = qwen.transformer.generate(
-            embeds,
-            max_length=max_length,
-            stop_tokens=stops,
-            position_ids=rope(info, embeds.shape[1], device),
-            **{"repetition_penalty": 1.0, **sampling},
-        )
+        with _on(device):
+            ids = qwen.transformer.generate(
+                embeds,
+                max_length=max_length,
+                stop_tokens=stops,
+                position_ids=rope(info, embeds.shape[1], device),
+                **{"repetition_penalty": 1.0, **sampling},
+            )
     finally:
         if head is not None:
             del language_model.lm_head

@@ -295,7 +295,7 @@ class UniPic2MetaQueryEncode(io.ComfyNode):
                 "language model sees what is to be edited; put UniPic2 Reference behind it for the edit itself."
             ),
             inputs=[
-                io.Clip.Input("clip", tooltip="Qwen2.5-VL from Load CLIP (the file of Qwen-Image, fp8 and GGUF too)."),
+                io.Clip.Input("clip", tooltip="Qwen2.5-VL from Load CLIP (the file of Qwen-Image, fp8 too)."),
                 Connector.Input("connector", tooltip="Queries and connector, trained for this Qwen2.5-VL."),
                 io.String.Input(
                     "prompt",

@@ -88,6 +88,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
     rewards = script_args.load_rewards(args.device)
     identity = {
         "model_name_or_path": script_args.model_name_or_path,
+        "vlm_name_or_path": script_args.vlm_name_or_path,
         "dataset_name": script_args.dataset_name,
         "rows": len(rows),
         "edit_ratio": args.edit_ratio,

@@ -52,7 +52,14 @@ transformer as one file."""
 
 
 def model_card(
-    name: str, base: str, datasets: list[str], args, steps: int | None, lora: bool, method: str = "flow matching"
+    name: str,
+    base: str,
+    datasets: list[str],
+    args,
+    steps: int | None,
+    lora: bool,
+    method: str = "flow matching",
+    metaquery: bool = False,
 ) -> str:
     """Return a model card as Markdown with the hub's YAML head.
 
@@ -64,6 +71,7 @@ def model_card(
         steps: optimizer steps taken; None where they are not known.
         lora: whether the export is a LoRA.
         method: what it was trained with.
+        metaquery: whether it is a MetaQuery model.
     """
     head: dict = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
     if not Path(base).exists() and base not in BUNDLED_MODELS:  # a repository; where a folder lay is nobody's business
@@ -72,8 +80,8 @@ def model_card(
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in datasets)
     settings = {setting.name for setting in fields(args)}
     estimator = getattr(args, "estimator", None)
-    use = _USE_LORA if lora else _USE_METAQUERY if "positions" in settings else _USE_MODEL
-    what = "A LoRA" if lora else "Queries and connector (MetaQuery)" if "positions" in settings else "A transformer"
+    use = _USE_LORA if lora else _USE_METAQUERY if metaquery else _USE_MODEL
+    what = "A LoRA" if lora else "A MetaQuery model" if metaquery else "A transformer"
     shown = [name for name in _SHOWN if name in settings and estimator in _OF_ESTIMATORS.get(name, (estimator,))]
     rows = [f"| {name} | {getattr(args, name)} |" for name in shown]
     return "\n".join([

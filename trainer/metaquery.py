@@ -9,7 +9,7 @@ from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .metaquery_config import MetaQueryConfig
-from .metaquery_pipeline import VLM_PARTS, MetaQueryPipeline, is_metaquery, load_vlm, vlm_folder
+from .metaquery_pipeline import PUBLISHED_VLM, VLM_PARTS, MetaQueryPipeline, is_metaquery, load_vlm, vlm_folder
 from .metaquery_trainer import MetaQueryTrainer
 from .pretrain import PretrainArguments, identity_of, load_dataset
 from .script import (
@@ -56,6 +56,9 @@ class MetaQueryArguments(PretrainArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.use_peft:
+            remedy = "Train the connector first; a LoRA of its transformer by `unipic2 train grpo` or `pdtr`."
+            raise InputError("use_peft", found="true", expected="false for MetaQuery", remedy=remedy)
         if self.cache_dir is not None:
             remedy = "prefix_cache_gib keeps what Qwen2.5-VL computes, in main memory."
             raise InputError("cache_dir", found="a folder", expected="none for MetaQuery", remedy=remedy)
@@ -77,7 +80,9 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
     frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
     transformer = frozen if args.trainable == "none" else torch.float32
     types = {"default": frozen, "transformer": transformer, "conditioner": torch.float32}
-    folder = StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path)
+    # A hub's text encoders are not needed, whatever the model is.
+    absent = dict.fromkeys(TEXT_ENCODERS[1:])
+    folder = StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path, absent)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     given = {name: getattr(script_args, f"connector_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
@@ -100,6 +105,7 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
         ).initialize(args.seed)
         pipeline = MetaQueryPipeline(base.transformer, base.scheduler, base.vae, conditioner=conditioner, **parts)
         pipeline.loaded_from, pipeline.given = folder, frozenset({*VLM_PARTS, "conditioner"})
+        pipeline.vlm_name = script_args.vlm_name_or_path or PUBLISHED_VLM
     pipeline.writes_vlm = script_args.export_vlm
     return pipeline
 
@@ -125,7 +131,7 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
     }
     check_identity(args, identity, resumed=checkpoint is not None)
     previews = previews_of(script_args, args, dataset)
-    trainer = MetaQueryTrainer(pipeline, args, dataset, previews, peft_config=script_args.peft_config())
+    trainer = MetaQueryTrainer(pipeline, args, dataset, previews)
     frozen = "the transformer frozen" if args.trainable == "none" else "with the transformer"
     return train_and_export(trainer, script_args, args, checkpoint, f"{_METHOD} ({frozen})")
 

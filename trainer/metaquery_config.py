@@ -56,6 +56,12 @@ class MetaQueryConfig(FlowMatchingConfig):
         check_share("vision_dropout", self.vision_dropout)
         if not self.prefix_cache_gib >= 0:
             raise InputError("prefix_cache_gib", found=self.prefix_cache_gib, expected="a number from 0 on")
+        if self.attention_backend == "flash":
+            found, expected = (
+                "flash",
+                "another one: queries behind a prompt need a mask, which that kernel does not take",
+            )
+            raise InputError("attention_backend", found=found, expected=expected)
         if self.train_text_encoder:
             raise InputError("train_text_encoder", found="true", expected="false: Qwen2.5-VL stays as it is")
         rate = self.transformer_learning_rate

@@ -38,8 +38,9 @@ from .query_states import (
 )
 
 PUBLISHED_VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
-_POSITIONS_KEY = "positions"
-"""Entry of `model_index.json` that says how the model was trained; published folders lack it."""
+_POSITIONS_KEY, _VLM_KEY = "positions", "vlm"
+"""Entries of `model_index.json` that say how, and on which Qwen2.5-VL, the model was trained; published folders lack
+them."""
 _LIBRARIES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "vae": ("diffusers", None),
@@ -74,6 +75,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
     """
 
     sees_pictures = True
+    vlm_name: str | None = None
+    """Name of a Qwen2.5-VL that came from elsewhere, as it was given."""
     writes_vlm = False
     """Whether `save_trained` also writes a Qwen2.5-VL that came from elsewhere."""
 
@@ -101,16 +104,14 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         )
         self.register_modules(conditioner=conditioner)
         self.positions = positions
-        for field, found, part, expected in (
-            ("llm_hidden_size", "llm_hidden_size", "Qwen2.5-VL", text_encoder.config.text_config.hidden_size),
-            ("joint_attention_dim", "joint_attention_dim", "the transformer", transformer.config.joint_attention_dim),
-            ("pooled_projection_dim", "pooled_projection_dim", "the transformer",
-             transformer.config.pooled_projection_dim),
-        ):  # fmt: skip
-            if conditioner.config[found] != expected:
-                raise InputError(
-                    f"connector, {field}", found=conditioner.config[found], expected=f"{expected} (width of {part})"
-                )
+        for field, part, expected in (
+            ("llm_hidden_size", "Qwen2.5-VL", text_encoder.config.text_config.hidden_size),
+            ("joint_attention_dim", "the transformer", transformer.config.joint_attention_dim),
+            ("pooled_projection_dim", "the transformer", transformer.config.pooled_projection_dim),
+        ):
+            found = conditioner.config[field]
+            if found != expected:
+                raise InputError(f"connector, {field}", found=found, expected=f"{expected} (width of {part})")
 
     @property
     def components(self) -> dict:
@@ -123,7 +124,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
 
         Args:
             pretrained_model_name_or_path: the model.
-            vlm_name_or_path: Qwen2.5-VL, a folder or hub repository; None takes the model's own, or the published 7B.
+            vlm_name_or_path: Qwen2.5-VL, a folder or hub repository; None takes the model's own, the one that
+                `model_index.json` names, or the published 7B.
             kwargs: `torch_dtype` (one, or one for each component), `positions` instead of those that the model was
                 trained with, and parts that are ready.
 
@@ -152,13 +154,14 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         def type_of(name: str) -> torch.dtype | None:
             return types.get(name, types.get("default")) if isinstance(types, dict) else types
 
-        parts = {name: kwargs[name] for name in given}
+        parts, vlm_name = {name: kwargs[name] for name in given}, None
         if not given.issuperset(VLM_PARTS):
-            source = vlm_folder(folder, vlm_name_or_path)
+            own = vlm_name_or_path is None and (folder / "text_encoder").is_dir()
+            vlm_name = None if own else str(vlm_name_or_path or index.get(_VLM_KEY, PUBLISHED_VLM))
+            source = vlm_folder(folder, vlm_name)
             if source.resolve().parent != folder.resolve():
                 given |= set(VLM_PARTS)
-            for name, value in load_vlm(source, type_of("text_encoder")).items():
-                parts.setdefault(name, value)
+            parts |= load_vlm(source, type_of("text_encoder"), tuple(n for n in VLM_PARTS if n not in parts))
         try:
             if "transformer" not in parts:
                 parts["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
@@ -180,7 +183,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 folder / "conditioner", **({} if type_of("conditioner") is None else {"dtype": type_of("conditioner")})
             )
         pipeline = cls(**parts, positions=positions)
-        pipeline.loaded_from, pipeline.given = folder, given
+        pipeline.loaded_from, pipeline.given, pipeline.vlm_name = folder, given, vlm_name
         return pipeline
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -206,8 +209,10 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             index[name] = [library, class_name or type(getattr(self, name)).__name__]
             if name not in copied:
                 getattr(self, name).save_pretrained(folder / name)
-        if dtype is not None:
-            for file in folder.rglob("*.safetensors"):
+        if "text_encoder" in left_out and self.vlm_name is not None and not Path(self.vlm_name).exists():
+            index[_VLM_KEY] = self.vlm_name  # a repository; where a folder lay is nobody's business
+        for file in folder.rglob("*.safetensors") if dtype is not None else ():
+            if file.parent.name != "text_encoder" or dtype != torch.float32:  # never widened, between stages
                 cast_file(file, dtype)
         for name in copied:
             shutil.copytree(self.loaded_from / name, folder / name, ignore=NO_WEIGHTS)
@@ -332,8 +337,10 @@ def vlm_folder(folder: Path | None, name: str | Path | None) -> Path:
     return path / "text_encoder" if (path / "text_encoder").is_dir() else path
 
 
-def load_vlm(folder: Path, dtype: torch.dtype | None = None) -> dict:
+def load_vlm(folder: Path, dtype: torch.dtype | None = None, parts: tuple[str, ...] = VLM_PARTS) -> dict:
     """Return `text_encoder`, frozen, and `tokenizer` of a Qwen2.5-VL in one folder, or in two beside each other.
+
+    `parts` are those that are wanted.
 
     Raises:
         InputError: the folder holds something else, pickles, or broken weights.
@@ -341,19 +348,24 @@ def load_vlm(folder: Path, dtype: torch.dtype | None = None) -> dict:
     config = read_json(folder / "config.json", "Qwen2.5-VL's settings")
     if config.get("model_type") != "qwen2_5_vl":
         raise InputError(f"model {folder}", found=config.get("model_type"), expected="qwen2_5_vl")
-    for file in component_files(folder):
-        read_header(file)
-    words = folder if (folder / "tokenizer_config.json").is_file() else folder.parent / "tokenizer"
+    found, info = {}, {"missing_keys": ()}
     try:
-        vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **({} if dtype is None else {"dtype": dtype})
-        )
-        tokenizer = Qwen2Tokenizer.from_pretrained(words)
+        if "text_encoder" in parts:
+            for file in component_files(folder):
+                read_header(file)
+            vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **({} if dtype is None else {"dtype": dtype})
+            )
+            found["text_encoder"] = vlm.eval().requires_grad_(False)
+        if "tokenizer" in parts:
+            words = folder if (folder / "tokenizer_config.json").is_file() else folder.parent / "tokenizer"
+            found["tokenizer"] = Qwen2Tokenizer.from_pretrained(words)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        found = " ".join(str(error).split())[:600]
-        raise InputError(f"Qwen2.5-VL in {folder}", found=found) from error
+        raise InputError(f"Qwen2.5-VL in {folder}", found=" ".join(str(error).split())[:600]) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        found = f"{len(missing)} missing tensors, for example {missing[0]!r}"
-        raise InputError(f"Qwen2.5-VL in {folder}", found=found, remedy="Fetch the folder again.")
-    return {"text_encoder": vlm.eval().requires_grad_(False), "tokenizer": tokenizer}
+        words = f"{len(missing)} missing tensors, for example {missing[0]!r}"
+        raise InputError(f"Qwen2.5-VL in {folder}", found=words, remedy="Fetch the folder again.")
+    return found

@@ -115,7 +115,7 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         previews, callbacks: as for `KontextTrainer`.
 
     Raises:
-        InputError: see `FlowMatchingTrainer`; or LoRA.
+        InputError: see `FlowMatchingTrainer`.
     """
 
     method = "MetaQuery"
@@ -128,12 +128,8 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         train_dataset,
         previews=None,
         callbacks: list | None = None,
-        peft_config=None,
     ):
-        if peft_config is not None:
-            remedy = "Train the connector first; a LoRA of its transformer by `unipic2 train grpo` or `pdtr`."
-            raise InputError("use_peft", found="true", expected="false for MetaQuery", remedy=remedy)
-        pipeline.positions = args.positions or pipeline.positions
+        pipeline.positions = args.positions = args.positions or pipeline.positions
         pipeline.conditioner.requires_grad_(True).float()
         self._store = PrefixStore(pipeline, args.prefix_cache_gib * 2**30) if args.prefix_cache_gib else None
         super().__init__(pipeline, args, train_dataset, previews, callbacks)
@@ -157,6 +153,8 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         seen = torch.stack([s[name] for s in samples])
         generator = torch.Generator().manual_seed(derived_seed(samples[0].get(DRAW_SEED, 0), _VISION))
         seen[torch.rand(len(samples), generator=generator) < self.args.vision_dropout] = 0
+        if not any(name.startswith("ref_") for name in batch):  # `reference_dropout`: nobody sees it
+            seen.zero_()
         return {**batch, "seen": seen}
 
     def text_of(self, inputs: dict, device: torch.device) -> PrefixCache:

@@ -185,7 +185,7 @@ class _Progress:
         """Return what a measuring depends on; with another model or other settings it is done again."""
         script_args = self.stages[0][0]
         weights = [file.stat() for file in sorted(folder.rglob("*.safetensors"))]
-        settings = {name: getattr(script_args, name) for name in _MEASURING}
+        settings = {name: getattr(script_args, name) for name in (*_MEASURING, "vlm_name_or_path")}
         rewards = [] if script_args.eval_dataset_name is None else list(_measured_rewards(self.stages).items())
         files = [[stat.st_size, stat.st_mtime_ns] for stat in weights]
         return json.loads(json.dumps({"weights": files, "rewards": rewards, **settings}))

@@ -272,7 +272,10 @@ def train_and_export(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
     base, data = script_args.model_name_or_path, script_args.dataset_name
-    trainer.export(output_dir / "export", model_card(name, base, data, args, steps, script_args.use_peft, method))
+    card = model_card(
+        name, base, data, args, steps, script_args.use_peft, method, metaquery=trainer.pipeline.sees_pictures
+    )
+    trainer.export(output_dir / "export", card)
     return output_dir / "export"
 
 
@@ -282,7 +285,8 @@ def stages_card(stages: list[tuple], output_dir: Path, method: str, counted: boo
     steps = sum(a.max_steps for _, a in stages) if counted and all(a.max_steps > 0 for _, a in stages) else None
     data = list(dict.fromkeys(name for a, _ in stages for name in a.dataset_name))
     name = Path(repository_name(args, output_dir)).name
-    return model_card(name, script_args.model_name_or_path, data, args, steps, script_args.use_peft, method)
+    base, metaquery = script_args.model_name_or_path, is_metaquery(output_dir / "export")
+    return model_card(name, base, data, args, steps, script_args.use_peft, method, metaquery)
 
 
 def finish(folder: Path, args: KontextConfig, card: str | None = None) -> None:

@@ -5,11 +5,13 @@ starts from the weights that the stage before exported (in float32, so that noth
 one exports is the result, in `output_dir/export`.
 """
 
+import gc
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 
 from ..core.errors import InputError
@@ -127,6 +129,9 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
             sys.stderr.write(f"[stage {number} of {len(parsed)}] done before\n")
         else:
             sys.stderr.write(f"[stage {number} of {len(parsed)}] starts\n")
+            gc.collect()  # the trainer of the stage before, which refers to itself
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             run(script_args, args)
         after(number, last)
     if parsed[-1][1].process_index == 0:

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT, PACK, MODELS, WORK = map(Path, sys.argv[1:5])
 sys.path.insert(0, str(ROOT))
@@ -217,7 +218,7 @@ def single_file():
 
 
 def dynamic_vram():
-    """Load as ComfyUI does by default on NVIDIA: its layers have no weights before they are loaded."""
+    """Load with layers that have no weights before they are loaded, as ComfyUI's have by default on NVIDIA."""
     import comfy.memory_management
 
     if not hasattr(comfy.memory_management, "aimdo_enabled"):
@@ -347,9 +348,9 @@ def metaquery_errors(clip, connector):
     wide.model.conditioner = torch.nn.Module()
     wide.model.conditioner.config = {**connector.model.conditioner.config, "llm_hidden_size": 3584}
     blind = copy.copy(clip)
-    blind.cond_stage_model = torch.nn.Module()
-    blind.cond_stage_model.inner = torch.nn.Module()
-    blind.cond_stage_model.inner.transformer = Blind()
+    blind.patcher = SimpleNamespace(model=torch.nn.Module())
+    blind.patcher.model.inner = torch.nn.Module()
+    blind.patcher.model.inner.transformer = Blind()
     image = INPUTS["image"]
     attempts = {
         "no_qwen": lambda: node("UniPic2MetaQueryEncode", **{**tokens, "clip": None}),

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from PIL import Image
 from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.errors import InputError
 from unipic2.core.prompts import POSITIONS, metaquery_segments
-from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer
+from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer, metaquery
 from unipic2.trainer.metaquery import load_metaquery, main, parse
 from unipic2.trainer.metaquery_trainer import PrefixStore
+from unipic2.trainer.micro import vlm as module
 from unipic2.trainer.query_states import build_prefix, query_states, remember, token_ids
 from unipic2.trainer.script import open_model
+from unipic2.trainer.stages import parse_stages
 
 PROMPTS = ["a red circle", "", "two blue squares left of three very small green triangles"]
 
@@ -365,6 +368,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_pipeline, tmp_path, gib):
         ({"transformer_learning_rate": 1e-4}, "trainable"),
         ({"transformer_learning_rate": 0, "trainable": "full"}, "transformer_learning_rate"),
         ({"trainable": "some"}, "none, full, attention"),
+        ({"attention_backend": "flash"}, "attention_backend"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(tmp_path, changes, words):
@@ -456,8 +460,96 @@ def test_the_command_trains_a_new_connector_and_exports(
     assert load_metaquery(script_args, args).conditioner.num_queries == 3
 
 
+@pytest.mark.parametrize("name", ["metaquery_micro", "metaquery_sd35m"])
+def test_shipped_configs_parse(name, tmp_path):
+    path = Path(metaquery.__file__).parent / "configs" / f"{name}.yaml"
+    argv = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu"]
+    stages = parse_stages(argv, parse)
+    assert [args.trainable for _, args in stages][0] == "none" and stages[-1][1].trainable != "none"
+
+
+def test_alignment_and_joint_training_in_one_file(make_pipeline, make_small_pipeline, pairs_file, tmp_path):
+    """As the micro model is made: bfloat16, Muon, kept prefixes, a language model that is in no other place."""
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    make_small_pipeline().save_pretrained(tmp_path / "base")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {tmp_path / 'base'}\nvlm_name_or_path: {tmp_path / 'mq'}\nexport_vlm: true\n"
+        f"dataset_name: {pairs_file}\nresolution: 64\nmax_aspect: 1\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
+        "num_queries: 3\nconnector_hidden_size: 64\nconnector_intermediate_size: 64\n"
+        "connector_num_hidden_layers: 1\nprefix_cache_gib: 0.01\nbf16: true\ngradient_checkpointing: true\n"
+        "per_device_train_batch_size: 2\nreport_to: none\npreview_steps: 0\nlearning_rate: 1.0e-2\n"
+        "muon_learning_rate: 1.0e-2\nattention_backend: math\n"
+        "stages:\n  - {trainable: none, max_steps: 2}\n  - {trainable: attention, max_steps: 2}\n"
+    )
+    assert main(["--config", str(config)]) == 0
+    first, last = (
+        open_model(tmp_path / f"run/{name}", torch_dtype=torch.float32) for name in ("stage-1/export", "export")
+    )
+    base = open_model(tmp_path / "base", torch_dtype=torch.float32).transformer.state_dict()
+    assert not changed(base, first.transformer)
+    moved = changed({k: v.half().float() for k, v in base.items()}, last.transformer)
+    assert moved and all(".attn" in name for name in moved)
+    assert last.conditioner.config["connector_config"]["num_attention_heads"] == 1
+    assert "MetaQueryPipeline" in (tmp_path / "run/export/README.md").read_text()
+
+
+def test_the_micro_model_is_made_by_one_command(make_small_pipeline, tmp_path, monkeypatch):
+    """Every stage for a moment; a second call finds them done."""
+    from unipic2.core.micro import QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG
+    from unipic2.trainer.micro import evaluate as judged
+    from unipic2.trainer.micro import make_metaquery as making
+
+    monkeypatch.setitem(QWEN_TEXT_CONFIG, "num_hidden_layers", 1)
+    monkeypatch.setitem(QWEN_VISION_CONFIG, "depth", 2)
+    monkeypatch.setattr(making, "question_accuracy", lambda *given: module.question_accuracy(*given[:2], 9, given[3]))
+    monkeypatch.setattr(
+        making, "evaluate", lambda pipe, count, seed: judged.evaluate(pipe, 6, seed, num_inference_steps=1)
+    )
+    make_small_pipeline().save_pretrained(tmp_path / "base")
+    flags = ["--max_steps", "1", "--num_scenes", "24", "--num_edits", "24", "--per_device_train_batch_size", "4"]
+    flags += ["--preview_steps", "0", "--report_to", "none"]
+    given = (tmp_path / "out", tmp_path / "work", str(tmp_path / "base"), 0, 1, flags)
+    results = making.make_metaquery(*given)
+    assert results["questions"]["n"] == 9 and results["t2i"]["n"] == 6
+    card = (tmp_path / "out/README.md").read_text()
+    assert "--vlm-steps 1" in card and "1 (none), 1 (full)" in card
+    assert isinstance(open_model(tmp_path / "out"), MetaQueryPipeline)
+    assert "right" not in (tmp_path / "work/answers.tsv").read_text().splitlines()[0]
+    stamp = (tmp_path / "work/run/export/model_index.json").stat().st_mtime_ns
+    assert making.make_metaquery(*given) == results
+    assert (tmp_path / "work/run/export/model_index.json").stat().st_mtime_ns == stamp
+    for base, words in ((tmp_path / "out", "a MetaQuery model"), (tmp_path / "nothing", "no such folder")):
+        with pytest.raises(InputError, match=words):
+            making.make_metaquery(tmp_path / "o", tmp_path / "w", str(base), 0, 1, [])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_reference_that_is_dropped_is_seen_by_nobody(make_pipeline, tmp_path):
+    trainer = MetaQueryTrainer(
+        make_pipeline(), settings(tmp_path, reference_dropout=1.0, vision_dropout=0.0), Samples()
+    )
+    batch = trainer.collate([Samples()[4], Samples()[5]])
+    assert "ref_latents" not in batch and not batch["seen"].any()
+
+
+def test_the_language_model_a_connector_was_trained_on_is_named(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "mq")
+    pipe.loaded_from, pipe.given = tmp_path / "mq", frozenset({"text_encoder", "tokenizer"})
+    for name, kept in (("someone/Qwen2.5-VL-3B", True), (str(tmp_path), False)):
+        pipe.vlm_name = name
+        pipe.save_trained(tmp_path / f"out-{kept}", {"conditioner"}, torch.float32)
+        index = json.loads((tmp_path / f"out-{kept}/model_index.json").read_text())
+        assert index.get("vlm") == (name if kept else None)
+    with pytest.raises(InputError, match="someone/Qwen2.5-VL-3B"):
+        MetaQueryPipeline.from_pretrained(tmp_path / "out-True")
+
+
 def test_the_command_says_what_it_does_not_do(tmp_path):
     common = ["--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="use_peft"):
+        parse([*common, "--use_peft"])
     with pytest.raises(InputError, match="prefix_cache_gib"):
         parse([*common, "--cache_dir", str(tmp_path), "--dataset_name", "pairs.jsonl"])
     with pytest.raises(InputError, match="num_queries"):
@@ -490,5 +582,16 @@ def test_rewards_train_its_transformer(make_pipeline, tmp_path):
     def redness(prompts, images, **columns):
         return [float(i.resize((1, 1)).getpixel((0, 0))[0]) for i in images]
 
+    encode, shown = pipe.encode_conditions, []
+
+    def watched(prompts, pictures=None, device=None):
+        shown.append((prompts, None if pictures is None else pictures.mean((1, 2, 3)).mul(3 * 255).round().tolist()))
+        return encode(prompts, pictures, device)
+
+    pipe.encode_conditions = watched
     FlowGRPOTrainer(pipe, redness, args, Rows()).train()
     assert changed(before, pipe.transformer) and not changed(connector, pipe.conditioner)
+    edits = [(prompts, reds) for prompts, reds in shown if reds is not None]
+    for prompts, reds in edits:
+        assert sorted(reds) == [120, 180] and prompts in ([f"a {int(red) // 60}" for red in reds], ["", ""])
+    assert len(edits) == 2 and len(shown) == 4, "prompt and empty prompt of each generation, edits with their pictures"

@@ -71,7 +71,7 @@ def test_prompts_and_instructions_keep_to_their_side_of_the_split():
 def test_each_word_is_one_token(vlm_tokenizer):
     for word in (*SHAPES, *COLORS, *GROUNDS, "left", "right", "top", "bottom", "background"):
         assert len(vlm_tokenizer(f"a {word}").input_ids) == 2, word
-    assert len({len(build.input_ids) for build in map(vlm_tokenizer, ("<|im_start|>", "<|image_pad|>"))}) == 1
+    assert {len(build.input_ids) for build in map(vlm_tokenizer, ("<|im_start|>", "<|image_pad|>"))} == {1}
     text = "make <it> 3 times ü"
     assert vlm_tokenizer.decode(vlm_tokenizer(text).input_ids) == text
 

@@ -58,7 +58,7 @@ def test_the_shipped_config_parses(config_file):
     path = pretrain.Path(pretrain.__file__).parent / "configs" / "pretrain_micro.yaml"
     argv = config_file("")
     _, args = parse(["--config", str(path), *argv[2:], "--model_name_or_path", "m"])
-    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.36
+    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.37
 
 
 @pytest.mark.parametrize("name", ["pretrain_sd35m_lora", "pretrain_sd35m_full"])

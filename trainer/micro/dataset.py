@@ -13,7 +13,7 @@ from .world import Scene, render
 
 _CHUNK = 512  # pictures rendered at a time
 # Kinds of the scenes made for text-to-image: edits bring thousands of scenes of two things, few that can be counted.
-_MADE_KINDS = ("single_object", "colors", "counting", "counting", "counting", "position")
+_MADE_KINDS = ("counting", "counting", "counting", "counting", "single_object", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,8 @@ class MicroDataset(torch.utils.data.Dataset):
     """Samples for `FlowMatchingTrainer`: text-to-image first, then edits.
 
     A scene keeps its picture but gets a new prompt each time it is drawn. Every edit's source and target is also a
-    text-to-image sample when it shows several things and answers a prompt; those of one thing are soon learned. An
-    edit is drawn in any of its words, half of the time backwards where an instruction says that. Held-out words (see
-    `tasks`) never occur.
+    text-to-image sample when it answers a prompt. An edit is drawn in any of its words, half of the time backwards
+    where an instruction says that. Held-out words (see `tasks`) never occur.
 
     Args:
         vae: the trained codec; it encodes in bfloat16.
@@ -48,8 +47,7 @@ class MicroDataset(torch.utils.data.Dataset):
         self.edits = [sample_edit(self.rng, EDIT_KINDS[i % len(EDIT_KINDS)]) for i in range(num_edits)]
         self.num_scenes = num_scenes
         scenes += [task.target for task in self.edits] + [task.source for task in self.edits]
-        shown = ((row, scene) for row, scene in enumerate(scenes) if row < num_scenes or len(scene.things) > 1)
-        items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in shown)
+        items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in enumerate(scenes))
         self.items = [item for item in items if item.kinds]
         self.latents = self._encode(vae, scenes)
         self.is_edit = [False] * len(self.items) + [True] * num_edits

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ...core.errors import InputError
 from ...core.files import check_replaceable, write_file
+from ..kontext_pipeline import StableDiffusion3KontextPipeline, check_pipeline_folder
 from ..metaquery import metaquery, parse
-from ..metaquery_pipeline import MetaQueryPipeline, load_vlm
+from ..metaquery_pipeline import MetaQueryPipeline, is_metaquery, load_vlm
 from ..sheets import save_sheet
 from ..stages import parse_stages, run_stages
 from . import VLM_STEPS
@@ -36,11 +38,16 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
         The results: questions, and held-out prompts and edits.
 
     Raises:
-        InputError: `work` holds a run with other settings, or `out` something that is no exported pipeline.
+        InputError: `work` holds a run with other settings, `out` something that is no exported pipeline, or `base` is
+            no model with a text encoder.
     """
-    check_overrides("unipic2 micro metaquery", overrides, ("--vlm_name_or_path",))
+    check_overrides("unipic2 micro metaquery", overrides, ("--vlm_name_or_path", "--export_vlm"))
     out, work = out.absolute(), work.absolute()
     check_replaceable(out)
+    folder = StableDiffusion3KontextPipeline.find_folder(base)
+    if is_metaquery(folder):
+        raise InputError("--base", found=f"{base}, a MetaQuery model", expected="a micro model with a text encoder")
+    check_pipeline_folder(folder)
     settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides}
     stages = Stages(work, settings)
     vlm_dir, run_dir = work / "vlm", work / "run"
