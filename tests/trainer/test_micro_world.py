@@ -421,7 +421,7 @@ def test_samples_of_the_training_pool(dataset, vae):
     expected = encode(vae, [render(task.target), render(task.source), render(dataset.items[0].scene)])
     got = torch.stack([edit["latents"], edit["ref_latents"], sample["latents"]])
     assert (got - expected).abs().max() < 0.15, "bfloat16 encoding"
-    assert (got[0] - got[1]).abs().max() > 0.5
+    assert (got[0] - got[1]).abs().max() > 0.2, "else source and target could be swapped"
     assert task.kind == "background"
     for other in drawn:
         back = other["prompt"] not in phrasings(task)
