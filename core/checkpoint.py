@@ -210,7 +210,11 @@ def read_component(folder: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: as `component_files` and `read_header`.
     """
-    files = component_files(folder)
+    return read_files(component_files(folder))
+
+
+def read_files(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Load all tensors of safetensors files; headers are checked first. Raises InputError, see `read_header`."""
     for file in files:
         read_header(file)
     tensors: dict[str, torch.Tensor] = {}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import TRANSFORMER_FILE, component_files, config_disagrees, read_component, read_header, save_tensors
+from .checkpoint import TRANSFORMER_FILE, component_files, config_disagrees, read_files, read_header, save_tensors
 from .errors import InputError
 from .files import read_json, write_file
 
@@ -199,8 +199,9 @@ class StableDiffusion3Conditioner(nn.Module):
             InputError: a file is missing or broken, its tensors are not those of a connector, or its config disagrees.
         """
         path = Path(path)
-        config = read_config(path)
-        tensors = read_component(path) if path.is_dir() else read_component_file(path)
+        files = component_files(path) if path.is_dir() else [path]
+        config = _read_config(path, files)
+        tensors = read_files(files)
         kwargs.setdefault("dtype", tensors["meta_queries"].dtype)
         device = kwargs.pop("device", None)
         with torch.device("meta"):
@@ -213,21 +214,12 @@ class StableDiffusion3Conditioner(nn.Module):
         return model
 
 
-def read_component_file(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of one safetensors file, its header checked first."""
-    from safetensors.torch import load_file
-
-    read_header(path)
-    return load_file(path)
-
-
-def read_config(path: Path) -> dict:
-    """Return the config of a connector, checked against its weights.
+def _read_config(path: Path, files: list[Path]) -> dict:
+    """Return the config of a connector in a folder, or in one file, checked against the weights in its files.
 
     Raises:
         InputError: see `StableDiffusion3Conditioner.from_pretrained`.
     """
-    files = component_files(path) if path.is_dir() else [path]
     headers = [read_header(file) for file in files]
     shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
     real = conditioner_config(shapes, path)

@@ -121,6 +121,16 @@ def resized(image: Image.Image | torch.Tensor, height: int, width: int) -> torch
     return F.interpolate(image[None].float(), (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
+def negatives_of(negative_prompt: str | list[str] | None, count: int) -> list[str]:
+    """Return a negative prompt for each of `count` prompts. Raises InputError where there are others."""
+    negative = negative_prompt or ""
+    negative = [negative] * count if isinstance(negative, str) else negative
+    if len(negative) != count:
+        expected = f"one text, or {count}, one for each prompt"
+        raise InputError("negative_prompt", found=f"{len(negative)} texts", expected=expected)
+    return negative
+
+
 class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
     """Draw from text, or edit a picture.
 
@@ -477,10 +487,6 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         embeds, pooled = self._get_clip_prompt_embeds(prompt, num_images_per_prompt, device)
         if not do_classifier_free_guidance:
             return embeds, None, pooled, None
-        negative = negative_prompt or ""
-        negative = [negative] * len(prompt) if isinstance(negative, str) else negative
-        if len(negative) != len(prompt):
-            expected = f"one text, or {len(prompt)}, one for each prompt"
-            raise InputError("negative_prompt", found=f"{len(negative)} texts", expected=expected)
+        negative = negatives_of(negative_prompt, len(prompt))
         negative_embeds, negative_pooled = self._get_clip_prompt_embeds(negative, num_images_per_prompt, device)
         return embeds, negative_embeds, pooled, negative_pooled

@@ -16,13 +16,11 @@ from .script import (
     TEXT_ENCODERS,
     check_identity,
     find_checkpoint,
-    finish,
     parse_settings,
     previews_of,
-    stages_card,
+    run_command,
     train_and_export,
 )
-from .stages import parse_stages, run_stages
 
 PUBLISHED_SIZES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 24}
 PUBLISHED_QUERIES = 256
@@ -138,12 +136,4 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train metaquery`."""
-    stages = parse_stages(argv, parse)
-    if stages is None:
-        script_args, args = parse(argv)
-        finish(metaquery(script_args, args), args)
-    else:
-        args = stages[-1][1]
-        folder = run_stages(stages, metaquery)
-        finish(folder, args, stages_card(stages, folder.parent, _METHOD))
-    return 0
+    return run_command(argv, parse, metaquery, _METHOD)

@@ -25,14 +25,21 @@ from ..core.micro import BUNDLED_MODELS, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, POSITIONS, question_segments
 from ..core.vision import understanding_pixels
-from .kontext_pipeline import NO_WEIGHTS, StableDiffusion3KontextPipeline, check_component, forget_paths, resized
+from .kontext_pipeline import (
+    NO_WEIGHTS,
+    StableDiffusion3KontextPipeline,
+    check_component,
+    forget_paths,
+    negatives_of,
+    resized,
+)
 from .kontext_transformer import SD3Transformer2DKontextModel
 from .query_states import (
     Prefix,
     PrefixCache,
     build_prefix,
     picture_inputs,
-    query_states,
+    text_states,
     token_ids,
     widened,
 )
@@ -239,8 +246,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
     def states_of(self, prefix: Prefix | PrefixCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Return text states (B, Q, D) and pooled text (B, P) of prefixes; gradients flow to queries and connector."""
         self.conditioner.to(self.text_encoder.device)  # a trainer moves only what it has wrapped
-        states = query_states(self.text_encoder, self.conditioner.meta_queries, prefix)
-        return self.conditioner(states.to(self.conditioner.dtype))
+        return text_states(self.text_encoder, self.conditioner, prefix)
 
     def encode_conditions(
         self, prompts: list[str], pictures: torch.Tensor | None = None, device: torch.device | None = None
@@ -262,12 +268,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         states, pooled = self.encode_conditions(prompts, pictures)
         found = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
         if guided:
-            negative = negative_prompt or ""
-            negative = [negative] * len(prompts) if isinstance(negative, str) else negative
-            if len(negative) != len(prompts):
-                expected = f"one text, or {len(prompts)}, one for each prompt"
-                raise InputError("negative_prompt", found=f"{len(negative)} texts", expected=expected)
-            states, pooled = self.encode_conditions(negative, pictures)
+            states, pooled = self.encode_conditions(negatives_of(negative_prompt, len(prompts)), pictures)
             found |= {"negative_prompt_embeds": states, "negative_pooled_prompt_embeds": pooled}
         like = next(self.transformer.parameters())
         found = {name: part.to(like).repeat_interleave(num_images_per_prompt, 0) for name, part in found.items()}

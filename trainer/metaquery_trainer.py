@@ -20,7 +20,7 @@ from .flow_matching_trainer import FlowMatchingTrainer
 from .kontext_trainer import KontextForTraining
 from .metaquery_config import MetaQueryConfig
 from .metaquery_pipeline import MetaQueryPipeline
-from .query_states import Prefix, PrefixCache, query_states, remember
+from .query_states import PrefixCache, remember, text_states
 
 _VISION = 3  # purpose of a seed derived from a draw's, see `flow_matching_trainer`
 
@@ -34,14 +34,8 @@ class MetaQueryForTraining(KontextForTraining):
         self._vlm = (vlm,)  # in a tuple: no part of what is trained, saved or wrapped
 
     def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
-        """Predict the velocity, see `KontextForTraining.forward`.
-
-        `text` is a `Prefix` or a `PrefixCache`, or ready `(states (B, Q, D), pooled (B, P))`.
-        """
-        if isinstance(text, (Prefix, PrefixCache)):
-            states = query_states(self._vlm[0], self.conditioner.meta_queries, text)
-            text = self.conditioner(states.to(self.conditioner.dtype))
-        return super().forward(noisy, sigmas, text, ref_latents)
+        """Predict the velocity, see `KontextForTraining.forward`; `text` is a `Prefix` or a `PrefixCache`."""
+        return super().forward(noisy, sigmas, text_states(self._vlm[0], self.conditioner, text), ref_latents)
 
 
 class PrefixStore:

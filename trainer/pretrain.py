@@ -22,16 +22,15 @@ from .script import (
     check_identity,
     check_micro,
     find_checkpoint,
-    finish,
     load_pipeline,
     measured_rows,
     open_data,
     parse_settings,
     previews_of,
-    stages_card,
+    run_command,
     train_and_export,
 )
-from .stages import parse_stages, run_stages
+from .stages import parse_stages
 
 _METHOD = "flow matching"
 
@@ -166,12 +165,4 @@ def cache(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train pretrain`."""
-    stages = parse_stages(argv, parse)
-    if stages is None:
-        script_args, args = parse(argv)
-        finish(pretrain(script_args, args), args)
-    else:
-        args = stages[-1][1]
-        folder = run_stages(stages, pretrain)
-        finish(folder, args, stages_card(stages, folder.parent, _METHOD))
-    return 0
+    return run_command(argv, parse, pretrain, _METHOD)

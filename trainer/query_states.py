@@ -19,6 +19,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError, check_one_of
 from ..core.prompts import IMAGE_TOKEN, POSITIONS, metaquery_segments
 from ..core.vision import vision_pixels
@@ -187,3 +188,10 @@ def query_states(
     return vlm.model.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
     ).last_hidden_state
+
+
+def text_states(
+    vlm: Qwen2_5_VLForConditionalGeneration, conditioner: StableDiffusion3Conditioner, prefix: Prefix | PrefixCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return text states (B, Q, D) and pooled text (B, P) that a connector makes of its queries behind a prefix."""
+    return conditioner(query_states(vlm, conditioner.meta_queries, prefix).to(conditioner.dtype))

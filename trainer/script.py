@@ -25,7 +25,7 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer, last_checkpoint
 from .metaquery_pipeline import MetaQueryPipeline, is_metaquery
 from .previews import micro_previews, pair_previews
-from .stages import read_config
+from .stages import parse_stages, read_config, run_stages
 
 MICRO = "micro"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -298,3 +298,23 @@ def finish(folder: Path, args: KontextConfig, card: str | None = None) -> None:
         if args.push_to_hub:
             sys.stdout.write(f"{push(folder, repository_name(args, folder.parent), args)}\n")
     PartialState().destroy_process_group()  # else a process may abort when it ends, with its group's threads at work
+
+
+def run_command(argv: list[str], parse, run, method: str) -> int:
+    """Do what a training command does: one run, or stages one after another, and say where the export is.
+
+    Args:
+        argv: flags, with `--config FILE` or without.
+        parse: reads flags, see `pretrain.parse`.
+        run: trains and exports, see `pretrain.pretrain`.
+        method: what the card says of a run in stages.
+    """
+    stages = parse_stages(argv, parse)
+    if stages is None:
+        script_args, args = parse(argv)
+        finish(run(script_args, args), args)
+    else:
+        args = stages[-1][1]
+        folder = run_stages(stages, run)
+        finish(folder, args, stages_card(stages, folder.parent, method))
+    return 0

@@ -94,12 +94,15 @@ class QuestionDataset(torch.utils.data.Dataset):
 
 
 class _Collator:
-    """Turns questions into what transformers' Qwen2.5-VL is trained on: only answers count in the loss."""
+    """Turns questions into what transformers' Qwen2.5-VL is trained on, only answers count in the loss, or answers to.
+
+    Rows are padded on the right; without their answers on the left, as transformers generates.
+    """
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer):
         self.vlm, self.tokenizer = vlm, tokenizer
 
-    def __call__(self, questions: list[Question]) -> dict[str, torch.Tensor]:
+    def __call__(self, questions: list[Question], answered: bool = True) -> dict[str, torch.Tensor]:
         config, end = self.vlm.config, "<|im_end|>"
         rows, labels = [], []
         pictures = [np.asarray(render(q.scene)) for q in questions if q.scene is not None]
@@ -111,19 +114,23 @@ class _Collator:
         for q in questions:
             asked = token_ids(self.tokenizer, question_segments(q.text, q.scene is not None))
             asked = asked if q.scene is None else widened(asked, config.image_token_id, count)
-            answer = token_ids(self.tokenizer, [q.answer, end])
+            answer = token_ids(self.tokenizer, [q.answer, end]) if answered else []
             rows.append(asked + answer)
             labels.append([-100] * len(asked) + answer)
         width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-        return {
+
+        def padded(row: list[int], fill: int) -> list[int]:
+            padding = [fill] * (width - len(row))
+            return row + padding if answered else padding + row
+
+        ids = torch.tensor([padded(row, self.tokenizer.pad_token_id) for row in rows])
+        batch = {
             **inputs,
             "input_ids": ids,
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+            "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
             "mm_token_type_ids": (ids == config.image_token_id).int(),
         }
+        return {**batch, "labels": torch.tensor([padded(row, -100) for row in labels])} if answered else batch
 
 
 class _VLMTrainer(Trainer):
@@ -184,7 +191,7 @@ def question_accuracy(
     """
     rngs = (np.random.default_rng([seed, _EVAL_STREAM, i]) for i in range(count))
     questions = [ask(rng, KINDS[i % len(KINDS)], held_out=True) for i, rng in enumerate(rngs)]
-    collator, answers = _Collator(vlm, tokenizer), []
+    collator = _Collator(vlm, tokenizer)
     length = max(len(token_ids(tokenizer, [q.answer])) for q in questions) + 1
     # One kind at a time: of one length or nearly, so that little is padded.
     order = sorted(range(count), key=lambda i: i % len(KINDS))
@@ -207,18 +214,8 @@ def question_accuracy(
 
 
 def _answer(vlm, tokenizer, collator, questions: list[Question], length: int) -> list[str]:
-    """Return greedy answers, padded on the left as transformers generates."""
-    inputs = collator([Question(q.kind, q.text, "", q.scene) for q in questions])
-    inputs.pop("labels")
-    pad, cut = tokenizer.pad_token_id, 1  # the end of the empty answer
-    for name, fill in (("input_ids", pad), ("attention_mask", 0), ("mm_token_type_ids", 0)):
-        rows = []
-        for row, mask in zip(inputs[name], inputs["attention_mask"], strict=True):
-            kept = row[: int(mask.sum()) - cut]
-            rows.append(torch.cat([kept.new_full((len(row) - len(kept),), fill), kept]))
-        inputs[f"_{name}"] = torch.stack(rows)
-    moved = {name: inputs.pop(f"_{name}") for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    inputs = {name: value.to(vlm.device) for name, value in {**inputs, **moved}.items()}
+    """Return greedy answers."""
+    inputs = {name: value.to(vlm.device) for name, value in collator(questions, answered=False).items()}
     vlm.model.rope_deltas = None
     out = vlm.generate(**inputs, max_new_tokens=length, do_sample=False)
     vlm.model.rope_deltas = None
