@@ -409,19 +409,26 @@ def test_every_training_picture_has_a_prompt(dataset):
     assert all(dataset[i]["prompt"] for i in range(len(dataset)))
 
 
+def change_of(vae, task) -> float:
+    """How far an edit moves the latents, at most."""
+    target, source = encode(vae, [render(task.target), render(task.source)])
+    return (target - source).abs().max().item()
+
+
 def test_samples_of_the_training_pool(dataset, vae):
     assert len(dataset) == len(dataset.is_edit) == len(dataset.items) + 60
     assert dataset.is_edit == [False] * len(dataset.items) + [True] * 60
     torch.manual_seed(0)
-    task = dataset.edits[-1]
-    drawn = [dataset[len(dataset) - 1] for _ in range(24)]
+    number = max(range(5, 60, 6), key=lambda i: change_of(vae, dataset.edits[i]))
+    task = dataset.edits[number]
+    drawn = [dataset[len(dataset.items) + number] for _ in range(24)]
     sample, edit = dataset[0], next(s for s in drawn if s["prompt"] in phrasings(task))
     assert set(sample) == {"prompt", "latents"} and set(edit) == {"prompt", "latents", "ref_latents"}
     assert sample["latents"].shape == (16, 8, 8) and sample["latents"].dtype == torch.float32
     expected = encode(vae, [render(task.target), render(task.source), render(dataset.items[0].scene)])
     got = torch.stack([edit["latents"], edit["ref_latents"], sample["latents"]])
     assert (got - expected).abs().max() < 0.15, "bfloat16 encoding"
-    assert (got[0] - got[1]).abs().max() > 0.2, "else source and target could be swapped"
+    assert (got[0] - got[1]).abs().max() > 0.5
     assert task.kind == "background"
     for other in drawn:
         back = other["prompt"] not in phrasings(task)
