@@ -27,6 +27,7 @@ TRAINER_COMMANDS = {
     "data": "training data: data check DATASET ..., data cache --config FILE",
     "export": "write a trained model as one file for ComfyUI: export --model DIR --out FILE",
     "eval": "measure a model: eval BENCHMARK --model DIR_OR_NAME --out DIR",
+    "compare": "measured models side by side: compare DIR DIR ...",
     "micro": "the micro world: scenes, contact sheets, the pretrained model",
 }
 
@@ -91,7 +92,7 @@ def _parse_and_run(arguments: list[str]) -> int:
 
 
 def _trainer(arguments: list[str]) -> int:
-    """Hand `train`, `eval` and `micro` to the trainer, which needs packages that the pack does not."""
+    """Hand all but `run` to the trainer, which needs packages that the pack does not."""
     try:
         from ..trainer.cli import main as trainer_main
 

@@ -1,8 +1,7 @@
-"""The trainer's part of the `unipic2` command: `train`, `data`, `export`, `eval` and `micro`."""
+"""The trainer's part of the `unipic2` command: `train`, `data`, `export`, `eval`, `compare` and `micro`."""
 
 import argparse
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,10 @@ from .micro import CODEC_STEPS, DECODER_STEPS, VLM_STEPS
 
 TRAIN_METHODS = ("pretrain", "grpo", "pdtr", "metaquery")
 ACCELERATE_CONFIGS = ("ddp", "fsdp2", "zero2")
-_LEAST = {"n": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1, "vlm_steps": 1}
+_LEAST = {
+    "n": 1, "batch_size": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1,
+    "vlm_steps": 1, "samples": 1, "width": 16, "height": 16,
+}  # fmt: skip
 """Smallest values of whole numbers on the command line."""
 
 _TRAIN_HELP = """\
@@ -66,16 +68,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a model").add_subparsers(dest="benchmark", required=True)
     micro = evaluate.add_parser("micro", help="held-out prompts and edits of the micro world, judged by the verifier")
-    micro.add_argument(
-        "--model",
-        default="micro",
-        help="pipeline folder, or bundled weights: micro (default, after PDTR) or micro-pretrained",
+    micro.add_argument("--n", type=int, default=None, help="prompts, and as many edits (default 256)")
+    _add_eval_arguments(micro, "micro", "pipeline folder, or bundled weights: micro (default), micro-pretrained, ...")
+    geneval = evaluate.add_parser(
+        "geneval", help="GenEval's prompts, judged by its own rules with Mask2Former and CLIP of transformers"
     )
-    micro.add_argument("--out", type=Path, required=True, help="folder for results.json and results.png")
-    micro.add_argument("--n", type=int, default=256, help="prompts, and as many edits (default 256)")
-    micro.add_argument("--seed", type=int, default=1234, help="seed of tasks and noise (default 1234)")
-    micro.add_argument("--steps", type=int, default=None, help="denoising steps (default: the micro preset's)")
-    micro.add_argument("--guidance-scale", type=float, default=None, help="guidance (default: the micro preset's)")
+    geneval.add_argument(
+        "--prompts", type=Path, required=True, help="GenEval's prompts/evaluation_metadata.jsonl, or rows of that form"
+    )
+    geneval.add_argument("--samples", type=int, default=None, help="pictures of each prompt (default 4)")
+    geneval.add_argument("--width", type=int, default=None, help="pixels (default 512)")
+    geneval.add_argument("--height", type=int, default=None, help="pixels (default 512)")
+    geneval.add_argument("--exact-counts", action="store_true", help="more objects than asked are wrong too")
+    geneval.add_argument(
+        "--detector", default="facebook/mask2former-swin-small-coco-instance", help="hub name or folder (%(default)s)"
+    )
+    geneval.add_argument("--clip", default="openai/clip-vit-large-patch14", help="tells colours (%(default)s)")
+    _add_eval_arguments(geneval, "Skywork/UniPic2-SD3.5M-Kontext-2B", "pipeline folder or hub name (%(default)s)")
+
+    compare = commands.add_parser(
+        "compare", help="folders of `unipic2 eval` side by side: a table with paired differences, and the pictures"
+    )
+    compare.add_argument("folders", type=Path, nargs="+", help="two or more; differences are to the first")
+    compare.add_argument("--out", type=Path, default=None, help="folder for comparison.json and comparison.png")
 
     world = commands.add_parser("micro", help="the micro world").add_subparsers(dest="action", required=True)
     sheet = world.add_parser("sheet", help="draw a contact sheet of real scenes with the verifier's verdicts")
@@ -116,6 +131,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--vlm-steps", type=int, default=VLM_STEPS, help="optimizer steps of Qwen2.5-VL (default %(default)s)"
     )
     return parser
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser, model: str, help_of_model: str) -> None:
+    """Add the flags that every benchmark has."""
+    parser.add_argument("--model", default=model, help=help_of_model)
+    parser.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for images/, results.json, results.png and index.html; a run that was stopped goes on in it",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=None, help="seed of the noise, and of tasks that are drawn")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: as the model is made for)")
+    parser.add_argument("--guidance-scale", type=float, default=None, help="guidance (default: likewise)")
+    parser.add_argument("--batch-size", type=int, default=None, help="pictures drawn at once (default 64, geneval 4)")
+    parser.add_argument(
+        "--only", choices=("draw", "score"), default=None,
+        help="draw alone, or score the pictures in OUT/images alone, whoever made them (named as in results.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-coverage", type=float, default=1.0, help="share of pictures that must be there (default 1)"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -160,7 +195,7 @@ def main(argv: list[str]) -> int:
         save_sheet(world_sheet(arguments.seed), arguments.out)
         sys.stdout.write(f"{arguments.out}\n")
         return 0
-    return _eval_micro(arguments)
+    return _compare(arguments) if arguments.command == "compare" else _evaluate(arguments)
 
 
 def _train(argv: list[str]) -> int:
@@ -241,25 +276,31 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _eval_micro(arguments: argparse.Namespace) -> int:
-    import torch
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluation.command import evaluate
 
-    from ..core.files import write_file
-    from .micro.evaluate import evaluate
-    from .micro.sheet import result_sheet
-    from .script import open_model
-    from .sheets import save_sheet
-
+    check_share("--min-coverage", arguments.min_coverage)
     _check_folder(arguments.out)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    pipeline = open_model(arguments.model, torch_dtype=torch.float32)
-    sampling = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    results, drawn = evaluate(pipeline, arguments.n, arguments.seed, **sampling)
-    results["model"] = arguments.model
-    save_sheet(result_sheet(drawn), arguments.out / "results.png")
-    write_file(arguments.out / "results.json", json.dumps(results, indent=2) + "\n")
-    _print_scores(results, arguments.out / "results.json")
+    if arguments.batch_size is None:
+        arguments.batch_size = 64 if arguments.benchmark == "micro" else 4
+    results = evaluate(arguments)
+    if results is not None and arguments.benchmark == "micro":
+        _print_scores(results, arguments.out / "results.json")
+    elif results is not None:
+        for task in dict.fromkeys(item["task"] for item in results["items"]):
+            sys.stdout.write(f"{task}: {results[task]['strict']:.3f} of {results[task]['n']}\n")
+        sys.stdout.write(f"overall: {results['overall']:.3f}\n{arguments.out / 'results.json'}\n")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .evaluation.command import compare_folders
+
+    if arguments.out is not None:
+        _check_folder(arguments.out)
+    if len(arguments.folders) < 2:
+        raise InputError("compare", found="one folder", expected="two or more")
+    sys.stdout.write(f"{compare_folders(arguments.folders, arguments.out)}\n")
     return 0
 
 

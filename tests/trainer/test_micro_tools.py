@@ -136,7 +136,8 @@ def test_the_eval_command(pipeline, tmp_path, capsys):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["n"] == 6 and results["seed"] == 1234 and results["model"] == str(tmp_path / "model")
     assert {"strict", "kinds"} <= results["t2i"].keys() & results["edit"].keys()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["results.json", "results.png"]
+    made = ["images", "index.html", "results.json", "results.png", "run.json", "sources"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == made
     assert "edit: strict 0.000 of 6" in capsys.readouterr().out
 
 

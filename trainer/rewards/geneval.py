@@ -147,11 +147,11 @@ class GenEval:
 
     def __call__(self, prompts, images, include=None, exclude=None, tag=None, **columns) -> list[float | None]:
         """Return the reward of each sample that has `include`, None for the others."""
-        asked = [_read(value, "include") for value in include or [None] * len(images)]
-        too_many = [_read(value, "exclude") for value in exclude or [None] * len(images)]
+        asked = [read_clauses(value, "include") for value in include or [None] * len(images)]
+        too_many = [read_clauses(value, "exclude") for value in exclude or [None] * len(images)]
         tags = tag or [None] * len(images)
         chosen = [i for i, clauses in enumerate(asked) if clauses]
-        self._check_classes(clause["class"] for i in chosen for clause in (*asked[i], *too_many[i]))
+        self.check_classes(clause["class"] for i in chosen for clause in (*asked[i], *too_many[i]))
         found = self.detector([images[i] for i in chosen]) if chosen else []
         rewards: list[float | None] = [None] * len(images)
         for i, objects in zip(chosen, found, strict=True):
@@ -159,7 +159,7 @@ class GenEval:
             rewards[i] = float(min(scores) == 1) if self.strict else sum(scores) / len(scores)
         return rewards
 
-    def _check_classes(self, names: Iterable[str]) -> None:
+    def check_classes(self, names: Iterable[str]) -> None:
         """Raise InputError for a class that the detector does not know: it would count as never there."""
         known = getattr(self.detector, "classes", None)
         unknown = set() if known is None else set(names) - known
@@ -170,15 +170,12 @@ class GenEval:
             raise InputError("include or exclude of a row", found=found, expected=expected, remedy=remedy)
 
     def _clauses(self, image, objects: list[Found], include, exclude, counting: bool) -> list[float]:
-        least = _LEAST_SCORE_COUNTING if counting else _LEAST_SCORE
-        ordered = sorted((o for o in objects if o.score >= least), key=lambda o: -o.score)
-        by_class = {e["class"]: [o for o in ordered if o.name == e["class"]] for e in [*include, *exclude]}
-        by_class = {name: objects[:_MOST_OBJECTS] for name, objects in by_class.items()}
+        by_class = by_name(objects, {clause["class"] for clause in [*include, *exclude]}, counting)
         scores, groups = [], []
         for clause in include:
             mine, count = by_class[clause["class"]], clause["count"]
             if clause.get("color"):
-                colored = [o for o in mine if self._color(image, o) == clause["color"]]
+                colored = [o for o in mine if self.color_of(image, o) == clause["color"]]
                 scores.append(_near(len(mine), count))
                 mine = colored
             scores.append(_near(len(mine), count))
@@ -192,7 +189,7 @@ class GenEval:
         scores += [float(len(by_class[clause["class"]]) < clause["count"]) for clause in exclude]
         return scores
 
-    def _color(self, image: Image.Image, found: Found) -> str:
+    def color_of(self, image: Image.Image, found: Found) -> str:
         """Return the colour of an object, all but it made grey, as CLIP sees it."""
         picture = image.convert("RGB")
         if found.mask is not None:
@@ -206,11 +203,18 @@ class GenEval:
         return COLORS[int((self._directions[found.name] @ self.clip.images([crop])[0]).argmax())]
 
 
+def by_name(objects: list[Found], names: Iterable[str], counting: bool) -> dict[str, list[Found]]:
+    """Return each class's objects that count, surest first, 16 at most: scores from 0.3 on, to be counted from 0.9."""
+    least = _LEAST_SCORE_COUNTING if counting else _LEAST_SCORE
+    ordered = sorted((o for o in objects if o.score >= least), key=lambda o: -o.score)
+    return {name: [o for o in ordered if o.name == name][:_MOST_OBJECTS] for name in names}
+
+
 def _near(found: int, asked: int) -> float:
     return max(0.0, 1 - abs(found - asked) / asked)
 
 
-def _read(value, name: str) -> list[dict]:
+def read_clauses(value, name: str) -> list[dict]:
     """Return the clauses of one row, [] where it has none.
 
     Raises:
