@@ -4,6 +4,8 @@ ComfyUI loads this file by path; pip installs the same folder as `unipic2`. It t
 nothing of ours at load time: `comfy_entrypoint` brings the nodes in when ComfyUI asks for them.
 """
 
+WEB_DIRECTORY = "./web"  # ComfyUI serves the nodes' help pages from it
+
 
 async def comfy_entrypoint():
     """Return the V3 extension with the pack's nodes (called once by ComfyUI at start-up)."""

@@ -104,6 +104,7 @@ class Server:
         cpu: True forces `--cpu`; None asks that Python's torch whether there is a GPU.
         models: folders laid out like ComfyUI's `models` (their subfolders `vae`, `loras`, ... are searched too).
         pack: the node pack to load, or None for stock nodes only.
+        options: further options of ComfyUI's, such as `["--lowvram"]`.
         start_seconds: how long it may take to answer.
 
     Attributes:
@@ -120,6 +121,7 @@ class Server:
         cpu: bool | None = None,
         models: Sequence[str | os.PathLike] = (),
         pack: Path | None = PACKAGE_ROOT,
+        options: Sequence[str] = (),
         progress: Console | None = None,
         start_seconds: float = 600.0,
     ):
@@ -127,6 +129,7 @@ class Server:
         self.cpu = cpu
         self.models = [Path(folder).expanduser().absolute() for folder in models]
         self.pack = pack
+        self.options = list(options)
         self.console = progress or Console()
         self.start_seconds = start_seconds
         self.url = ""
@@ -206,6 +209,7 @@ class Server:
         arguments += ["--extra-model-paths-config", str(config)]
         if self.cpu:
             arguments.append("--cpu")
+        arguments += self.options
         # Options that older versions lack are looked up in the file that declares them.
         known = (self.install.root / "comfy" / "cli_args.py").read_text(encoding="utf-8", errors="replace")
         if '"--disable-api-nodes"' in known:

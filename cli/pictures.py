@@ -8,6 +8,27 @@ from ..core.errors import InputError
 from ..core.pictures import FORMATS, to_rgb
 
 
+def read_masked(path: Path) -> bytes:
+    """Return a picture as 8-bit RGBA PNG bytes, for a workflow that takes what is transparent as its mask.
+
+    Raises:
+        InputError: it has no transparency, or see `read_rgb`.
+    """
+    from PIL import Image, ImageOps
+
+    read_rgb(path)  # whatever else is wrong with it
+    with Image.open(path) as image:
+        if "A" not in image.getbands() and "transparency" not in image.info:
+            remedy = "Make the region that may change transparent, and save a PNG."
+            found, expected = f"none (mode {image.mode})", "transparency, which this workflow takes as the mask"
+            raise InputError(f"picture {path}", found=found, expected=expected, remedy=remedy)
+        rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    rgba.info.clear()
+    buffer = io.BytesIO()
+    rgba.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
 def read_rgb(path: Path) -> tuple[bytes, list[str]]:
     """Read a picture for upload.
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -25,6 +26,7 @@ Saved paths go to stdout, one per line; everything else to stderr. Exit status: 
 """
 
 REMEDY = 'In the folder of unipic2: pip install ".[{}]"'
+_MASK_OUTPUT = 1  # of LoadImage
 REQUIRES = {"aiohttp": "aiohttp", "comfy_cli": "comfy-cli", "PIL": "pillow", "tqdm": "tqdm"}
 
 
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     wf.check_options(args.prompt, args.set, args.image)
     if args.python and not (args.comfyui or os.environ.get("COMFYUI_PATH")):
         raise InputError("--python", found="no ComfyUI that it belongs to", expected="--comfyui PATH beside it")
-    pictures = _read_pictures(args.image, console)
+    pictures = _read_pictures(args.image)
     job = _Job(args, path, workflow, pictures, console)
     if args.server:
         saved = asyncio.run(job.run(args.server))
@@ -116,8 +118,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_pictures(images: list[str], console: Console) -> list[tuple[str | None, bytes]]:
-    """Return (node or None, PNG bytes) for each `--image`."""
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture of `--image`."""
+
+    node: str | None
+    """The node that loads it, if it was named."""
+    path: Path
+    png: bytes
+    """As RGB."""
+    notes: list[str]
+    """What was converted for that, in words."""
+
+
+def _read_pictures(images: list[str]) -> list[_Picture]:
+    """Read what each `--image` names."""
     from .pictures import read_rgb
 
     pictures = []
@@ -125,10 +140,8 @@ def _read_pictures(images: list[str], console: Console) -> list[tuple[str | None
         node, equals, name = given.partition("=")
         if not equals or Path(given).is_file():
             node, name = None, given
-        png, notes = read_rgb(Path(name).expanduser())
-        if notes:
-            console.note(f"{name}: {', '.join(notes)}")
-        pictures.append((node, png))
+        path = Path(name).expanduser()
+        pictures.append(_Picture(node, path, *read_rgb(path)))
     return pictures
 
 
@@ -194,10 +207,11 @@ class _Job:
 
     async def _upload(self, client, prompt: dict, object_info: dict) -> None:
         from . import workflow as wf
+        from .pictures import read_masked
 
         loaders = wf.picture_inputs(prompt, object_info)
-        targets = [wf.find_node(prompt, node) if node else None for node, _ in self.pictures]
-        for target, (_, png) in zip(targets, self.pictures, strict=True):
+        targets = [wf.find_node(prompt, picture.node) if picture.node else None for picture in self.pictures]
+        for target, picture in zip(targets, self.pictures, strict=True):
             if target is None and len(loaders) == 1 and len(targets) == 1:
                 target = next(iter(loaders))
             if target not in loaders:
@@ -207,6 +221,11 @@ class _Job:
                     found=f"{wf.label(prompt, target)}, which loads no picture" if target else "no NODE=",
                     expected=f"--image NODE=FILE with a node that loads pictures; this workflow has: {known}",
                 )
+            png = picture.png
+            if wf.is_read(prompt, target, _MASK_OUTPUT):
+                png = read_masked(picture.path)
+            elif picture.notes:
+                self.console.note(f"{picture.path}: {', '.join(picture.notes)}")
             # Named by content: the same picture again is the same file, and the server's cache holds.
             name = f"unipic2_{hashlib.sha256(png).hexdigest()[:20]}.png"
             prompt[target]["inputs"][loaders[target]] = await client.upload_image(name, png)

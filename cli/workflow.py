@@ -206,6 +206,11 @@ def is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
+def is_read(prompt: dict, node_id: str, output: int) -> bool:
+    """Whether any node reads an output of another one."""
+    return any(value == [node_id, output] for node in prompt.values() for value in node["inputs"].values())
+
+
 def is_value_input(spec: Any, current: Any) -> bool:
     """Tell whether an input takes a value (a widget), as opposed to a connection such as MODEL or IMAGE."""
     if not isinstance(spec, (list, tuple)) or not spec:

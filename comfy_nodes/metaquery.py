@@ -24,7 +24,7 @@ from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError
 from ..core.prompts import IMAGE_TOKEN, metaquery_segments, question_segments
 from ..core.vision import understanding_pixels, vision_pixels
-from . import micro_model
+from . import micro_model, published
 from .pictures import to_rgb
 
 FOLDER_KEY = "model_patches"
@@ -34,6 +34,7 @@ _PICTURE_TYPES = {"1d": "unipic2_picture", "mrope": "image"}
 _OURS = "unipic2"
 _LM_HEAD, _LM_HEAD_SCALES = "lm_head.weight", ("lm_head.weight_scale", "lm_head.scale_weight")
 _UNTIED_WIDTH = 3584  # Qwen2.5-VL-7B's; the micro models' output layer is the embedding
+_MOST_TOKENS = 8192
 _ANSWER_END = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -44,9 +45,7 @@ def available_connectors() -> dict[str, Path]:
         for name, folder in micro_model.available_models().items()
         if (folder / "conditioner").is_dir()
     }
-    for name in folder_paths.get_filename_list(FOLDER_KEY):
-        found.setdefault(name, Path(folder_paths.get_full_path_or_raise(FOLDER_KEY, name)))
-    return found
+    return found | {name: path for name, path in published.listed(FOLDER_KEY).items() if name not in found}
 
 
 def available_heads() -> list[str]:
@@ -125,13 +124,13 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
     raise InputError(f"{node}, clip", found=f"another text encoder ({found})", expected="Qwen2.5-VL", remedy=remedy)
 
 
-def encode(clip, connector, prompts: tuple[str, ...], image, positions: str, node: str) -> list:
-    """Return CONDITIONING for each prompt, or for each instruction and the picture(s) that it is about.
+def encode(clip, connector, prompts: tuple[str, str], image, positions: str, node: str) -> list:
+    """Return CONDITIONING for prompt and negative prompt, or for instructions and the picture(s) they are about.
 
     Args:
         clip: Qwen2.5-VL.
         connector: patcher of `load_connector`.
-        prompts: plain text; parentheses and markup of chats in it are read as text.
+        prompts: prompt and negative prompt, plain text; parentheses and markup of chats in it are read as text.
         image: IMAGE (B, H, W, C) at the size that is drawn, one for each edit; or None.
         positions: one of `core.prompts.POSITIONS`.
         node: what errors name.
@@ -152,9 +151,9 @@ def encode(clip, connector, prompts: tuple[str, ...], image, positions: str, nod
         pictures = [{"type": _PICTURE_TYPES[positions], "data": p, "original_type": "image", _OURS: {}} for p in seen]
     inner, states = _loaded(clip, qwen), [[] for _ in prompts]
     for picture in pictures:
-        for found, prompt in zip(states, prompts, strict=True):
+        for found, prompt, name in zip(states, prompts, ("prompt", "negative_prompt"), strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            tokens = _tokens(qwen, metaquery_segments(prompt, picture is not None), picture)
+            tokens = _tokens(qwen, metaquery_segments(prompt, picture is not None), picture, f"{node}, {name}")
             found.append(_states(inner, tokens, queries, clip.patcher.load_device))
     # Once the language model is done, so that it and the connector need not be in memory together.
     comfy.model_management.load_models_gpu([connector])
@@ -194,9 +193,15 @@ def _on(device):
     return getattr(comfy.model_management, "cuda_device_context", nullcontext)(device)
 
 
-def _tokens(qwen: _Qwen, segments: list[str], picture: dict | None) -> list:
-    """Return a chat's tokens as ComfyUI takes them, the picture's token replaced by the picture."""
+def _tokens(qwen: _Qwen, segments: list[str], picture: dict | None, socket: str) -> list:
+    """Return a chat's tokens as ComfyUI takes them, the picture's token replaced by the picture.
+
+    Raises:
+        InputError: more tokens than `_MOST_TOKENS`: memory grows with their square, and a server can be killed for it.
+    """
     ids = [i for part in segments for i in qwen.tokenizer(part, add_special_tokens=False)["input_ids"]]
+    if len(ids) > _MOST_TOKENS:
+        raise InputError(socket, found=f"{len(ids)} tokens", expected=f"at most {_MOST_TOKENS}")
     if picture is None:
         return ids
     placeholder = qwen.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -271,7 +276,7 @@ def answer(clip, question: str, image, lm_head: str, max_length: int, sampling: 
         clip = _seeing(clip, qwen)
         data = understanding_pixels(to_rgb(image, f"{node}, image")[:1].movedim(-1, 1)).movedim(1, -1)
         picture = {"type": "image", "data": data, "original_type": "image", _OURS: {}}
-    tokens = _tokens(qwen, question_segments(question, image is not None), picture)
+    tokens = _tokens(qwen, question_segments(question, image is not None), picture, f"{node}, question")
     inner, device = _loaded(clip, qwen, 0 if head is None else head.nbytes), clip.patcher.load_device
     with _on(device):
         embeds, _, _, info = inner.process_tokens([tokens], device)

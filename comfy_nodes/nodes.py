@@ -7,21 +7,111 @@ from comfy_api.latest import io
 from ..core.errors import InputError
 from ..core.micro import IMAGE_SIZE, MAX_TOKENS
 from ..core.prompts import POSITIONS
-from ..core.sizes import MAX_EDGE
-from . import kontext, metaquery, micro_model, pictures, text
+from ..core.sizes import FITS, MAX_EDGE
+from ..core.sizes import Placement as PlacementValue
+from . import kontext, metaquery, micro_model, pictures, published, text
 
 CATEGORY = "UniPic2"
 Connector = io.Custom("UNIPIC2_CONNECTOR")
+Placement = io.Custom("UNIPIC2_PLACEMENT")
+_SOCKETS = {
+    "IMAGE": lambda value: isinstance(value, torch.Tensor),
+    "MASK": lambda value: isinstance(value, torch.Tensor),
+    "CONDITIONING": lambda value: isinstance(value, list) and all(len(part) == 2 for part in value),
+    "MODEL": lambda value: hasattr(value, "get_model_object"),
+    "CLIP": lambda value: hasattr(value, "tokenize"),
+    "VAE": lambda value: hasattr(value, "encode"),
+    "UNIPIC2_CONNECTOR": lambda value: hasattr(value, "model"),
+    "UNIPIC2_PLACEMENT": lambda value: isinstance(value, PlacementValue),
+}
+"""Whether a value can be what a socket's type says."""
+_MAY_BE_NOTHING = ("CLIP", "VAE", "UNIPIC2_CONNECTOR")
+"""A loader may give nothing for these; nodes say themselves what to load."""
 
 
-class UniPic2MicroLoader(io.ComfyNode):
+class _Node(io.ComfyNode):
+    """Checks what comes in: ComfyUI hands on whatever a prompt over its API has in the place of a link."""
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        """Return what `run` gives. Raises InputError for a value that is not of its socket's type."""
+        described = cls.INPUT_TYPES()
+        for part in ("required", "optional"):
+            for name, (kind, *_) in described.get(part, {}).items():
+                value, fits = inputs.get(name), _SOCKETS.get(kind) if isinstance(kind, str) else None
+                if fits is None or (value is None and (part == "optional" or kind in _MAY_BE_NOTHING)):
+                    continue
+                if not fits(value):
+                    found = "nothing" if value is None else f"a value of type {type(value).__name__}"
+                    raise InputError(f"{cls.NAME}, {name}", found=found, expected=f"{kind} from another node")
+        return cls.run(**inputs)
+
+
+class UniPic2Loader(_Node):
+    """Load a UniPic2 in any of its forms, ready for editing."""
+
+    NAME = "UniPic2 Loader"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UniPic2Loader",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=(
+                "Load a UniPic2 transformer in one step, with editing enabled: a folder as published (sharded or "
+                "not), one file with diffusers' or ComfyUI's keys, fp8, or a whole checkpoint."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=list(published.available(micro_model.available_models())),
+                    tooltip=(
+                        "A folder (with transformer/ and perhaps vae/) or a file in models/unipic2, a file in "
+                        "models/diffusion_models, or a micro model that comes with the pack."
+                    ),
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(published.WEIGHT_DTYPES),
+                    default="default",
+                    tooltip=(
+                        "Type of the weights in memory. default: ComfyUI chooses for your device; fp8 takes half the "
+                        "memory of 16 bits at some loss of quality."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The transformer with editing, for any sampler."),
+                io.Vae.Output(
+                    display_name="VAE", tooltip="The folder's or checkpoint's VAE. Without one take Load VAE instead."
+                ),
+            ],
+        )
+
+    @classmethod
+    def run(cls, model, weight_dtype) -> io.NodeOutput:
+        models = published.available(micro_model.available_models())
+        if model not in models:
+            raise InputError(
+                f"{cls.NAME}, model",
+                found=repr(model),
+                expected="a folder or file in models/unipic2, or a file in models/diffusion_models",
+                remedy="Put it there and press R to refresh.",
+            )
+        return io.NodeOutput(*published.load(models[model], weight_dtype, cls.NAME))
+
+
+class UniPic2MicroLoader(_Node):
     """Load a micro model's three parts at once."""
+
+    NAME = "UniPic2 Micro Loader"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="UniPic2MicroLoader",
-            display_name="UniPic2 Micro Loader",
+            display_name=cls.NAME,
             category=CATEGORY,
             description=(
                 "Load a micro UniPic2: a complete text-to-image and editing model of a few million weights that "
@@ -34,8 +124,8 @@ class UniPic2MicroLoader(io.ComfyNode):
                     default=micro_model.DEFAULT_MODEL,
                     tooltip=(
                         "Which micro model: one that comes with the pack (micro is micro-pretrained after "
-                        "reinforcement learning), or a folder in models/unipic2 that the trainer exported "
-                        "(transformer, vae, text_encoder, tokenizer)."
+                        "reinforcement learning, micro-metaquery has a small Qwen2.5-VL), or a folder in "
+                        "models/unipic2 that the trainer exported (transformer, vae, text_encoder, tokenizer)."
                     ),
                 ),
             ],
@@ -43,13 +133,16 @@ class UniPic2MicroLoader(io.ComfyNode):
                 io.Model.Output(
                     display_name="MODEL", tooltip="The transformer. Put UniPic2 Enable Editing behind it to edit."
                 ),
-                io.Clip.Output(display_name="CLIP", tooltip=f"The text encoder; it reads {MAX_TOKENS} tokens."),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=f"The text encoder, which reads {MAX_TOKENS} tokens, or the small Qwen2.5-VL.",
+                ),
                 io.Vae.Output(display_name="VAE", tooltip="The picture codec, 8x8 pixels per latent."),
             ],
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def run(cls, model) -> io.NodeOutput:
         models = micro_model.available_models()
         if model not in models:
             raise InputError(
@@ -61,14 +154,16 @@ class UniPic2MicroLoader(io.ComfyNode):
         return io.NodeOutput(*micro_model.load(models[model]))
 
 
-class UniPic2EnableEditing(io.ComfyNode):
+class UniPic2EnableEditing(_Node):
     """Patch a stock SD3 MODEL so that it reads reference latents."""
+
+    NAME = "UniPic2 Enable Editing"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="UniPic2EnableEditing",
-            display_name="UniPic2 Enable Editing",
+            display_name=cls.NAME,
             category=CATEGORY,
             description=(
                 "Let a UniPic2-SD3.5M-Kontext model see the reference picture of UniPic2 Reference. Without a "
@@ -87,18 +182,20 @@ class UniPic2EnableEditing(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def run(cls, model) -> io.NodeOutput:
         return io.NodeOutput(kontext.enable_editing(model))
 
 
-class UniPic2TextEncode(io.ComfyNode):
+class UniPic2TextEncode(_Node):
     """Encode both prompts as the published pipeline does."""
+
+    NAME = "UniPic2 Text Encode"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="UniPic2TextEncode",
-            display_name="UniPic2 Text Encode",
+            display_name=cls.NAME,
             category=CATEGORY,
             description=(
                 "Encode prompt and negative prompt as UniPic2's published pipeline does: CLIP cut at 77 tokens, "
@@ -120,7 +217,20 @@ class UniPic2TextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What to move away from; its effect grows with the sampler's cfg. Empty: unconditional.",
+                    tooltip=(
+                        "What to move away from; its effect grows with the sampler's cfg. Empty: what the task was "
+                        "published with."
+                    ),
+                ),
+                io.Combo.Input(
+                    "task",
+                    options=list(text.TASKS),
+                    default=text.TASKS[0],
+                    optional=True,
+                    tooltip=(
+                        "What an empty negative prompt means: nothing (unconditional) for text-to-image, the "
+                        "published one against blur and unchanged pictures for an edit (micro models: nothing)."
+                    ),
                 ),
             ],
             outputs=[
@@ -130,13 +240,13 @@ class UniPic2TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt, negative_prompt) -> io.NodeOutput:
+    def run(cls, clip, prompt, negative_prompt, task=text.TASKS[0]) -> io.NodeOutput:
         return io.NodeOutput(
-            text.encode(clip, prompt, "prompt"), text.encode(clip, negative_prompt, "negative_prompt")
+            text.encode(clip, prompt, "prompt"), text.encode(clip, negative_prompt, "negative_prompt", task)
         )
 
 
-class UniPic2EditImageSize(io.ComfyNode):
+class UniPic2EditImageSize(_Node):
     """Bring a picture to a size the model edits well."""
 
     NAME = "UniPic2 Edit Image Size"
@@ -149,7 +259,8 @@ class UniPic2EditImageSize(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Resize a picture for editing: the longer edge goes to a target, the shape is kept, both edges "
-                "become multiples of 32 pixels. Bicubic; transparency is laid on white."
+                "become multiples of 32 pixels. Bicubic; transparency is laid on white. UniPic2 Paste Back brings the "
+                "edit onto the picture at full size."
             ),
             inputs=[
                 io.Image.Input("image", tooltip="The picture to edit, any size; a batch keeps one common size."),
@@ -175,25 +286,86 @@ class UniPic2EditImageSize(io.ComfyNode):
                         "takes, keeps the shape more exactly."
                     ),
                 ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default=FITS[0],
+                    optional=True,
+                    tooltip=(
+                        "Where the shape does not fit the multiples: stretch changes it by a few percent, crop cuts "
+                        "off the border, pad repeats the border outwards."
+                    ),
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="A mask of the picture, to be brought to the same size."),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The resized picture, RGB."),
                 io.Int.Output(display_name="width", tooltip="Its width in pixels."),
                 io.Int.Output(display_name="height", tooltip="Its height in pixels."),
+                io.Mask.Output(
+                    display_name="mask", tooltip="The resized mask; without one, all of the picture but its padding."
+                ),
+                Placement.Output(
+                    display_name="placement", tooltip="What was cut, padded and resized, for UniPic2 Paste Back."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, image, longer_edge, multiple) -> io.NodeOutput:
+    def run(cls, image, longer_edge, multiple, fit=FITS[0], mask=None) -> io.NodeOutput:
         if longer_edge < multiple:
             raise InputError(
                 f"{cls.NAME}, longer_edge", found=longer_edge, expected=f"at least multiple, {multiple} pixels"
             )
-        image = pictures.resize_for_editing(image, longer_edge, multiple, f"{cls.NAME}, image")
-        return io.NodeOutput(image, image.shape[2], image.shape[1])
+        image, placement = pictures.resize_for_editing(image, longer_edge, multiple, f"{cls.NAME}, image", fit)
+        mask = torch.ones(1, *placement.original[::-1]) if mask is None else mask
+        return io.NodeOutput(image, *placement.size, pictures.resize_mask(mask, placement), placement)
 
 
-class UniPic2Reference(io.ComfyNode):
+class UniPic2PasteBack(_Node):
+    """Bring an edit onto the full-size picture."""
+
+    NAME = "UniPic2 Paste Back"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UniPic2PasteBack",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description=(
+                "Put an edit back onto the original picture at the original's size, exactly where UniPic2 Edit Image "
+                "Size took it from. With a mask only that region and its fading border change; the rest keeps every "
+                "pixel."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="The edit, as drawn or enlarged by an upscaler. A batch gives as many results."
+                ),
+                io.Image.Input("original", tooltip="The picture that UniPic2 Edit Image Size got."),
+                Placement.Input("placement", tooltip="From UniPic2 Edit Image Size."),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=512,
+                    tooltip="Pixels of the original over which the mask's border fades, on either side.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the original may change, at the original's size (1 edit, 0 original).",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The original with the edit, at full size, RGB.")],
+        )
+
+    @classmethod
+    def run(cls, image, original, placement, feather, mask=None) -> io.NodeOutput:
+        return io.NodeOutput(pictures.paste_back(image, original, placement, mask, feather, cls.NAME))
+
+
+class UniPic2Reference(_Node):
     """Attach the picture to edit to both prompts."""
 
     NAME = "UniPic2 Reference"
@@ -219,26 +391,38 @@ class UniPic2Reference(io.ComfyNode):
                         "does that). A batch of N pictures gives N edits."
                     ),
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "For a local edit: only there (1) the picture may change. Nothing: all of it may. "
+                        "DifferentialDiffusion reads it as well."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The instruction with the reference."),
                 io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the reference."),
-                io.Latent.Output(display_name="latent", tooltip="An empty latent of the picture's size and batch."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="For the sampler: empty, of the picture's size and batch; with a mask the picture and it.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, image) -> io.NodeOutput:
+    def run(cls, positive, negative, vae, image, mask=None) -> io.NodeOutput:
         latents = pictures.encode_reference(vae, image, cls.NAME)
         values = {"reference_latents": [latents]}
+        latent = {"samples": torch.zeros_like(latents)} if mask is None else pictures.masked(latents, mask)
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, values, append=True),
             node_helpers.conditioning_set_values(negative, values, append=True),
-            {"samples": torch.zeros_like(latents), "downscale_ratio_spacial": 8},
+            {**latent, "downscale_ratio_spacial": 8},
         )
 
 
-class UniPic2ConnectorLoader(io.ComfyNode):
+class UniPic2ConnectorLoader(_Node):
     """Load MetaQuery's queries and connector."""
 
     NAME = "UniPic2 Load Connector"
@@ -267,7 +451,7 @@ class UniPic2ConnectorLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, connector) -> io.NodeOutput:
+    def run(cls, connector) -> io.NodeOutput:
         connectors = metaquery.available_connectors()
         if connector not in connectors:
             raise InputError(
@@ -279,7 +463,7 @@ class UniPic2ConnectorLoader(io.ComfyNode):
         return io.NodeOutput(metaquery.load_connector(connectors[connector]))
 
 
-class UniPic2MetaQueryEncode(io.ComfyNode):
+class UniPic2MetaQueryEncode(_Node):
     """Encode both prompts through Qwen2.5-VL and the connector."""
 
     NAME = "UniPic2 MetaQuery Encode"
@@ -336,12 +520,12 @@ class UniPic2MetaQueryEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, connector, prompt, negative_prompt, positions, image=None) -> io.NodeOutput:
+    def run(cls, clip, connector, prompt, negative_prompt, positions, image=None) -> io.NodeOutput:
         prompts = (prompt, negative_prompt)
         return io.NodeOutput(*metaquery.encode(clip, connector, prompts, image, positions, cls.NAME))
 
 
-class UniPic2Understand(io.ComfyNode):
+class UniPic2Understand(_Node):
     """Ask Qwen2.5-VL about a picture."""
 
     NAME = "UniPic2 Understand"
@@ -392,17 +576,19 @@ class UniPic2Understand(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, question, lm_head, max_length, temperature, seed, image=None) -> io.NodeOutput:
+    def run(cls, clip, question, lm_head, max_length, temperature, seed, image=None) -> io.NodeOutput:
         sampling = {"do_sample": temperature > 0, "temperature": temperature, "top_k": 50, "top_p": 0.9, "seed": seed}
         return io.NodeOutput(metaquery.answer(clip, question, image, lm_head, max_length, sampling, cls.NAME))
 
 
 NODES = [
+    UniPic2Loader,
     UniPic2MicroLoader,
     UniPic2EnableEditing,
     UniPic2TextEncode,
     UniPic2EditImageSize,
     UniPic2Reference,
+    UniPic2PasteBack,
     UniPic2ConnectorLoader,
     UniPic2MetaQueryEncode,
     UniPic2Understand,

@@ -1,9 +1,11 @@
-"""Pictures on the way into the model: size, channels, reference latents. No nodes here."""
+"""Pictures on the way into the model and back: size, channels, masks, reference latents. No nodes here."""
+
+import logging
 
 import torch
 
 from ..core.errors import InputError
-from ..core.sizes import MAX_EDGE, fit_size, nearest_valid_size
+from ..core.sizes import MAX_EDGE, Placement, nearest_valid_size, place
 from .kontext import LATENT_CHANNELS
 
 PATCH_PIXELS = 16
@@ -32,18 +34,108 @@ def to_rgb(image, socket: str):
     return image.expand(-1, -1, -1, 3)
 
 
-def resize_for_editing(image, longer_edge: int, multiple: int, socket: str):
-    """Return the IMAGE with its longer edge near `longer_edge` pixels, both edges multiples of `multiple`.
+def resize_for_editing(image, longer_edge: int, multiple: int, socket: str, fit: str = "stretch"):
+    """Return the IMAGE at a size for editing, and its `Placement`.
 
-    Bicubic with antialiasing, values kept in 0..1. A picture that already fits comes back unchanged.
+    Bicubic with antialiasing, values kept in 0..1; padding repeats the border. A picture that already fits comes back
+    unchanged.
     """
     image = to_rgb(image, socket)
-    width, height = fit_size(image.shape[2], image.shape[1], longer_edge, multiple)
-    if (height, width) == tuple(image.shape[1:3]):
-        return image
-    pixels = image.movedim(-1, 1).float()  # no antialiasing in half precision on a CPU
-    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return pixels.clamp(0, 1).movedim(1, -1).to(image.dtype)
+    placement = place(image.shape[2], image.shape[1], longer_edge, multiple, fit)
+    pixels = _resized(_cut(image.movedim(-1, 1), placement.source), _size(placement.target), "bicubic").clamp(0, 1)
+    return _padded(pixels, placement, mode="replicate").movedim(1, -1).to(image.dtype), placement
+
+
+def resize_mask(mask, placement: Placement):
+    """Return a MASK (B, H, W) of the original picture for the one that is drawn; padding is not masked."""
+    mask = _at_size(mask, placement.original)
+    pixels = _resized(_cut(mask, placement.source), _size(placement.target), "bilinear")
+    return _padded(pixels, placement, mode="constant")[:, 0].clamp(0, 1)
+
+
+def paste_back(edited, original, placement: Placement, mask, feather: int, node: str):
+    """Return the original IMAGE with the edit at its place, at the original's size.
+
+    Args:
+        edited: IMAGE of `placement.size`, or of a multiple of it (an upscaled edit).
+        original: IMAGE the placement was made for, one or one for each edit.
+        placement: of `resize_for_editing`.
+        mask: MASK (B, H, W) of the original: 1 takes the edit, 0 keeps the original; None takes all of the edit.
+        feather: pixels of the original over which the mask's border fades, on either side.
+
+    Raises:
+        InputError: another picture than the placement's, an edit of another shape, or batches that do not fit.
+    """
+    edited = to_rgb(edited, f"{node}, image").movedim(-1, 1)
+    original = to_rgb(original, f"{node}, original").movedim(-1, 1).to(edited.device)
+    found = (original.shape[-1], original.shape[-2])
+    if found != placement.original:
+        raise InputError(
+            f"{node}, original",
+            found="{}x{} pixels".format(*found),
+            expected="{}x{}, the picture that UniPic2 Edit Image Size got".format(*placement.original),
+            remedy="Connect the same picture to both.",
+        )
+    width, height = edited.shape[-1], edited.shape[-2]
+    smaller = width < placement.size[0] or height < placement.size[1]
+    if smaller or abs(width * placement.size[1] - height * placement.size[0]) > max(width, height):
+        expected = "{}x{} or that enlarged".format(*placement.size)
+        raise InputError(f"{node}, image", found=f"{width}x{height} pixels", expected=expected)
+    mask = None if mask is None else _at_size(mask, placement.original).to(edited.device)
+    count = max(len(edited), len(original))
+    for name, batch in (("image", edited), ("original", original), *([] if mask is None else [("mask", mask)])):
+        if len(batch) not in (1, count):
+            raise InputError(f"{node}, {name}", found=f"{len(batch)} in the batch", expected=f"1 or {count} of them")
+    scale = width / placement.size[0], height / placement.size[1]
+    box = tuple(round(edge * scale[i % 2]) for i, edge in enumerate(placement.target))
+    left, top, right, bottom = placement.source
+    part = _resized(_cut(edited, box), (right - left, bottom - top), "bicubic").clamp(0, 1).to(original.dtype)
+    result = original.expand(count, -1, -1, -1).clone()
+    if mask is None:
+        result[..., top:bottom, left:right] = part
+    else:
+        weight = _feathered(mask, feather).to(part.dtype)[..., top:bottom, left:right]
+        result[..., top:bottom, left:right] = torch.lerp(result[..., top:bottom, left:right], part, weight)
+    return result.movedim(1, -1)
+
+
+def _cut(pixels, box: tuple[int, int, int, int]):
+    left, top, right, bottom = box
+    return pixels[..., top:bottom, left:right]
+
+
+def _size(box: tuple[int, int, int, int]) -> tuple[int, int]:
+    return box[2] - box[0], box[3] - box[1]
+
+
+def _resized(pixels, size: tuple[int, int], mode: str):
+    """Return pixels (B, C, H, W) at (width, height)."""
+    if (pixels.shape[-1], pixels.shape[-2]) == size:
+        return pixels
+    # No antialiasing in half precision on a CPU.
+    return torch.nn.functional.interpolate(pixels.float(), size[::-1], mode=mode, antialias=True)
+
+
+def _padded(pixels, placement: Placement, mode: str):
+    left, top, right, bottom = placement.target
+    around = (left, placement.size[0] - right, top, placement.size[1] - bottom)
+    if not any(around):
+        return pixels
+    return torch.nn.functional.pad(pixels.float(), around, mode=mode)
+
+
+def _at_size(mask, size: tuple[int, int]):
+    """Return a MASK (B, H, W) or (H, W) as (B, 1, H, W) at (width, height), as ComfyUI stretches masks."""
+    return _resized(mask.reshape(-1, 1, *mask.shape[-2:]).float(), size, "bilinear")
+
+
+def _feathered(mask, radius: int):
+    """Fade a mask (B, 1, H, W) over `radius` pixels on either side of its border."""
+    pooled = torch.nn.functional.avg_pool2d
+    for half in (radius // 2, radius - radius // 2):  # two boxes: no kink in the fade
+        size, around = 2 * half + 1, torch.nn.functional.pad(mask, (half,) * 4, mode="replicate")
+        mask = pooled(pooled(around, (size, 1), stride=1), (1, size), stride=1)
+    return mask
 
 
 def encode_reference(vae, image, node: str):
@@ -73,3 +165,19 @@ def encode_reference(vae, image, node: str):
             remedy="Use the VAE of SD3.5 (or of the micro model).",
         )
     return latents
+
+
+def masked(latents, mask):
+    """Return the LATENT of a local edit: the picture's own latents, and where noise may change them.
+
+    Args:
+        latents: (B, 16, H/8, W/8) of the picture.
+        mask: MASK (B, H, W), 1 where the picture may change.
+    """
+    if not mask.any():
+        logging.warning("UniPic2: the mask is empty, so nothing of the picture will change.")
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if mask.shape[-2:] == (8 * latents.shape[-2], 8 * latents.shape[-1]):
+        # A latent changes if any of its pixels may; ComfyUI's own shrinking would miss thin strokes.
+        mask = torch.nn.functional.max_pool2d(mask, 8)
+    return {"samples": latents, "noise_mask": mask}

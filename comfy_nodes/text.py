@@ -3,15 +3,18 @@
 import logging
 
 from ..core.errors import InputError
-from ..core.prompts import T5_TOKENS
+from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, T5_TOKENS
 from .micro_model import CLIP_KEY
 
 SD3_KEYS = {"l", "g", "t5xxl"}
 NAMES = {"l": "CLIP-L", "g": "CLIP-G", "t5xxl": "T5-XXL", CLIP_KEY: "the micro text encoder"}
+TASKS = ("text-to-image", "edit")
 
 
-def encode(clip, prompt: str, socket: str):
+def encode(clip, prompt: str, socket: str, task: str | None = None):
     """Return ComfyUI CONDITIONING for `prompt` (empty means unconditional); weights like `(word:1.2)` work.
+
+    With `task`, one of `TASKS`, it is a negative prompt, and empty means the one that the task was published with.
 
     CLIP encoders read their first 77 tokens (the micro one fewer), T5-XXL exactly 256 (padding included), start and
     end tokens counted. What is beyond is dropped with a warning, as in the published pipeline, so that
@@ -33,8 +36,11 @@ def encode(clip, prompt: str, socket: str):
         raise InputError(
             "UniPic2 Text Encode, clip",
             found=f"a text encoder of another model ({', '.join(tokens)})",
-            expected="SD3's CLIP-L, CLIP-G and T5-XXL, or the micro model's CLIP",
+            expected="SD3's CLIP-L, CLIP-G and T5-XXL, or the text encoder of a micro model",
+            remedy="Qwen2.5-VL belongs into UniPic2 MetaQuery Encode.",
         )
+    if task == "edit" and not prompt and CLIP_KEY not in tokens:  # micro models edit against nothing
+        tokens = clip.tokenize(DEFAULT_EDIT_NEGATIVE_PROMPT, return_word_ids=True)
     kept, dropped = {}, []
     for key, chunks in tokens.items():
         kept[key], count = _truncate_t5(chunks) if key == "t5xxl" else _truncate_clip(chunks)

@@ -14,7 +14,7 @@ GUIDANCE_SCALE = 1.5
 """Sampling defaults of the micro models (scheduler: FlowMatchEuler with `SHIFT`; ComfyUI: euler + normal)."""
 
 EDIT_GUIDANCE_SCALE = 1.0
-"""Edits by `micro`, which PDTR trained without guidance, at half the time; those of `micro-pretrained` want 1.5."""
+"""Edits by `micro`, which PDTR trained without guidance, at half the time; those of the other models want 1.5."""
 
 SHIFT = 3.0
 """Timestep shift of training and sampling. SD3's own value, so ComfyUI needs no extra node."""
@@ -82,10 +82,22 @@ CONNECTOR_CONFIG = {
 NUM_QUERIES = 16
 """The connector of the micro MetaQuery model, and its queries: about as many as a micro prompt has tokens."""
 
-BUNDLED_MODELS = ("micro", "micro-pretrained")
-"""Names of the bundled weights: after PDTR, and what PDTR started from."""
+BUNDLED_MODELS = ("micro", "micro-pretrained", "micro-metaquery")
+"""Names of the bundled weights: after PDTR, what PDTR started from, and MetaQuery on that."""
+
+_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 def weights_dir(name: str = "micro") -> Path:
-    """Return the folder of one of `BUNDLED_MODELS`, in the published layout (`transformer/`, `vae/`, ...)."""
-    return Path(__file__).resolve().parent.parent / "weights" / name
+    """Return the folder of one of `BUNDLED_MODELS`, in the published layout but for the parts it shares."""
+    return _WEIGHTS / name
+
+
+def component_dir(folder: Path, name: str) -> Path:
+    """Return the folder of a pipeline's component (`vae`, ...): its own.
+
+    A bundled model that lacks it shares that of `micro-pretrained`, which no later training changed.
+    """
+    own = folder / name
+    shared = _WEIGHTS / "micro-pretrained" / name
+    return own if own.is_dir() or folder.resolve().parent != _WEIGHTS.resolve() or not shared.is_dir() else shared

@@ -5,8 +5,9 @@ The VAE shrinks by 8 and the transformer reads patches of 2 latents, so 16 pixel
 """
 
 import math
+from dataclasses import dataclass
 
-from .errors import InputError
+from .errors import InputError, check_one_of
 
 VISION_UNIT = 28
 """Pixels of a token's edge in Qwen2.5-VL: patches of 14, merged by twos."""
@@ -33,9 +34,55 @@ def fit_size(width: int, height: int, longer_edge: int = 512, multiple: int = 32
     scale = longer_edge / max(width, height)
 
     def snap(edge: int) -> int:
-        return max(multiple, int(edge * scale / multiple + 0.5) * multiple)
+        most = MAX_EDGE // multiple * multiple
+        return min(most, max(multiple, int(edge * scale / multiple + 0.5) * multiple))
 
     return snap(width), snap(height)
+
+
+FITS = ("stretch", "crop", "pad")
+"""How edges become multiples: the picture's shape changes by a few percent, or its border is cut off, or added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which part of a picture is edited, and where it lies in the picture that is drawn. Boxes are in pixels."""
+
+    original: tuple[int, int]
+    """(width, height) of the picture."""
+    source: tuple[int, int, int, int]
+    """(left, top, right, bottom) in it: the part that is edited."""
+    size: tuple[int, int]
+    """(width, height) of what is drawn."""
+    target: tuple[int, int, int, int]
+    """(left, top, right, bottom) of `source` in that; around it is padding."""
+
+
+def place(width: int, height: int, longer_edge: int = 512, multiple: int = 32, fit: str = FITS[0]) -> Placement:
+    """Return how a picture is brought to `fit_size`; padded, the shorter edge goes up to the next multiple instead.
+
+    Raises:
+        InputError: see `fit_size`; or an unknown `fit`.
+    """
+    check_one_of("fit", fit, FITS)
+    size = fit_size(width, height, longer_edge, multiple)
+    source, target = (0, 0, width, height), (0, 0, *size)
+    if fit == "crop":
+        kept = (min(width, max(1, round(height * size[0] / size[1]))), height)
+        if kept[0] == width:
+            kept = (width, min(height, max(1, round(width * size[1] / size[0]))))
+        source = _centred(kept, (width, height))
+    elif fit == "pad":
+        scale = max(size) / max(width, height)
+        content = (max(1, round(width * scale)), max(1, round(height * scale)))
+        size = (-(-content[0] // multiple) * multiple, -(-content[1] // multiple) * multiple)
+        target = _centred(content, size)
+    return Placement((width, height), source, size, target)
+
+
+def _centred(inner: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top = (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
+    return left, top, left + inner[0], top + inner[1]
 
 
 def nearest_valid_size(width: int, height: int, multiple: int = 32) -> tuple[int, int]:

@@ -156,7 +156,7 @@ def test_every_folder_with_code_is_a_listed_package():
     with_code = folders_with_code()
     data_only = {name for name in PACKAGES if name not in with_code}
     assert with_code <= PACKAGES
-    assert data_only == {"trainer/configs", "weights", "workflows"}
+    assert data_only == {"locales", "trainer/configs", "web", "weights", "workflows"}
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from ..core.checkpoint import cast_file, check_transformer_config, component_files, config_disagrees, read_header
 from ..core.errors import InputError, check_one_of
 from ..core.files import PIPELINE_INDEX, read_json, write_file
-from ..core.micro import BUNDLED_MODELS, weights_dir
+from ..core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from ..core.sizes import fit_size, nearest_valid_size
@@ -50,7 +50,7 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
     # An entry is [library, class]; [null, null] says that the pipeline has no such component.
     present = {name for name, entry in index.items() if isinstance(entry, list) and any(entry)} | {"transformer"}
     for name in sorted(present - given):
-        if not (folder / name).is_dir():
+        if not component_dir(folder, name).is_dir():
             raise InputError(
                 f"model {folder}", found=f"no {name} folder", expected=f"{name}/, as model_index.json says"
             )
@@ -61,13 +61,14 @@ def check_pipeline_folder(folder: Path, given: set[str] = frozenset()) -> None:
 
 def check_component(folder: Path, name: str) -> None:
     """Check the weights of one component, and its `config.json`. Raises InputError, see `check_pipeline_folder`."""
-    headers = [read_header(file) for file in component_files(folder / name)]
+    folder = component_dir(folder, name)
+    headers = [read_header(file) for file in component_files(folder)]
     shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
-    path = folder / name / "config.json"
+    path = folder / "config.json"
     config = read_json(path, f"the settings of the {name}")
     if name == "transformer":
         check_transformer_config(config, shapes, path)
-        _check_tensors(config, shapes, folder / name)
+        _check_tensors(config, shapes, folder)
     elif name.startswith("text_encoder"):
         _check_text_encoder(config, shapes, path)
 
@@ -169,6 +170,9 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             cls.find_folder(name, kwargs),
             frozenset(k for k, v in kwargs.items() if hasattr(v, "state_dict")),
         )
+        if (folder / "conditioner").is_dir():
+            remedy = "Load it with MetaQueryPipeline."
+            raise InputError(f"model {name}", found="a MetaQuery model", expected="text encoders", remedy=remedy)
         check_pipeline_folder(folder, set(kwargs))
         kwargs["use_safetensors"] = True
         try:
@@ -179,7 +183,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
                 kwargs["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
                     folder, subfolder="transformer", use_safetensors=True, **types
                 )
-            pipeline = super().from_pretrained(folder, **kwargs)
+            # The transformer is there, so the folder that has the VAE has all else too.
+            pipeline = super().from_pretrained(component_dir(folder, "vae").parent, **kwargs)
             pipeline.loaded_from, pipeline.given = folder, given
             return pipeline
         except InputError:
@@ -267,7 +272,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         for file in folder.rglob("*.safetensors"):
             cast_file(file, dtype)
         for name in copied:
-            shutil.copytree(base / name, folder / name, ignore=NO_WEIGHTS)
+            shutil.copytree(component_dir(base, name), folder / name, ignore=NO_WEIGHTS)
             if name in ("tokenizer", "tokenizer_2") and (folder / name / "tokenizer.json").is_file():
                 _write_vocabulary(folder / name)
         if base is not None:

@@ -21,7 +21,7 @@ from ..core.checkpoint import cast_file, component_files, read_header
 from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError, check_one_of
 from ..core.files import PIPELINE_INDEX, read_json, write_file
-from ..core.micro import BUNDLED_MODELS, weights_dir
+from ..core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, POSITIONS, question_segments
 from ..core.vision import understanding_pixels
@@ -150,7 +150,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 "MetaQueryPipeline", found=", ".join(sorted(unknown)), expected=f"{', '.join(_LIBRARIES)}"
             )
         for name in ("transformer", "vae", "scheduler", "conditioner"):
-            if name not in given and not (folder / name).is_dir():
+            if name not in given and not component_dir(folder, name).is_dir():
                 raise InputError(
                     f"model {folder}", found=f"no {name} folder", expected=f"{name}/, a UniPic2-MetaQuery model"
                 )
@@ -175,11 +175,10 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                     folder, subfolder="transformer", use_safetensors=True, torch_dtype=type_of("transformer")
                 )
             if "vae" not in parts:
-                tiny = read_json(folder / "vae/config.json", "the VAE's settings").get("_class_name")
+                vae = component_dir(folder, "vae")
+                tiny = read_json(vae / "config.json", "the VAE's settings").get("_class_name")
                 kind = AutoencoderTiny if tiny == "AutoencoderTiny" else AutoencoderKL
-                parts["vae"] = kind.from_pretrained(
-                    folder, subfolder="vae", use_safetensors=True, torch_dtype=type_of("vae")
-                )
+                parts["vae"] = kind.from_pretrained(vae, use_safetensors=True, torch_dtype=type_of("vae"))
             if "scheduler" not in parts:
                 parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, RuntimeError) as error:  # a component whose config disagrees with its weights
@@ -222,7 +221,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             if file.parent.name != "text_encoder" or dtype != torch.float32:  # never widened, between stages
                 cast_file(file, dtype)
         for name in copied:
-            shutil.copytree(self.loaded_from / name, folder / name, ignore=NO_WEIGHTS)
+            shutil.copytree(component_dir(self.loaded_from, name), folder / name, ignore=NO_WEIGHTS)
         write_file(folder / PIPELINE_INDEX, json.dumps(index, indent=2) + "\n")
         forget_paths(folder)
 

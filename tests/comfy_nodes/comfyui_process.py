@@ -42,6 +42,7 @@ METAQUERY_PROMPTS = json.loads((WORK / "metaquery_prompts.json").read_text())
 CASES = sorted({key.rsplit(".", 1)[0] for key in INPUTS if key.endswith(".reference")})
 STEPS, CFG, SEED = 20, 3.0, 7
 TIED = "none (tied to the embedding)"
+EDIT_NEGATIVE = json.loads((WORK / "edit_negative.json").read_text())
 
 outputs: dict[str, torch.Tensor] = {}
 report: dict = {}
@@ -71,6 +72,8 @@ def load_pack():
         "nodes_sd3.py",
         "nodes_easycache.py",
         "nodes_preview_any.py",
+        "nodes_string.py",
+        "nodes_differential_diffusion.py",
     ):  # stock nodes that the workflows and cases use
         asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
     folder_paths.add_model_folder_path("unipic2", str(MODELS))
@@ -83,8 +86,10 @@ def load_pack():
 
 def object_info():
     """What `/object_info` says of the nodes in the workflows."""
-    names = ["KSampler", "LoadImage", "SaveImage", "VAEDecode", "VAELoader", "UNETLoader", "EmptySD3LatentImage"]
-    for name in [*names, "TripleCLIPLoader", "CLIPLoader", "PreviewAny", *report["nodes"]]:
+    names = ["KSampler", "LoadImage", "SaveImage", "VAEDecode", "VAELoader", "UNETLoader", "EmptySD3LatentImage",
+             "TripleCLIPLoader", "CLIPLoader", "PreviewAny", "StringConcatenate", "LoraLoaderModelOnly", "ImageBatch",
+             "DifferentialDiffusion"]  # fmt: skip
+    for name in [*names, *report["nodes"]]:
         cls = nodes.NODE_CLASS_MAPPINGS[name]
         if hasattr(cls, "GET_NODE_INFO_V1"):
             info = cls.GET_NODE_INFO_V1()
@@ -149,6 +154,11 @@ def sd3_text():
         positive, negative = node("UniPic2TextEncode", clip=clip, prompt=PROMPTS[name], negative_prompt="blurry")
         report[f"sd3_tokens.{name}"] = seen[-2]
         report[f"sd3_shapes.{name}"] = [list(part[0][0].shape) for part in (positive, negative)]
+    for task in ("text-to-image", "edit"):
+        node("UniPic2TextEncode", clip=clip, prompt="", negative_prompt="", task=task)
+        report[f"sd3_tokens.{task}"] = seen[-2:]
+    (default,) = nodes.CLIPTextEncode().encode(clip, EDIT_NEGATIVE)
+    report["sd3_tokens.edit_negative"] = seen[-1]
     report["sd3_option_left_behind"] = clip.tokenizer_options
 
 
@@ -184,9 +194,47 @@ def sampling(model, clip, vae):
     report["reference_keys"] = [len(part[0][1]["reference_latents"]) for part in conds]
     report["input_keys"] = ["reference_latents" in part[0][1] for part in (positive, negative)]
     outputs["reference"], outputs["reference_empty"] = conds[0][0][1]["reference_latents"][0], latent["samples"]
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:48, 32:64] = 1
+    for name, values in (("", {}), ("_differential", {"strength": 1.0})):
+        *conds, local = node("UniPic2Reference", positive=positive, negative=negative, vae=vae,
+                             image=INPUTS["image"][:1], mask=mask)  # fmt: skip
+        target = node("DifferentialDiffusion", model=model, **values)[0] if values else model
+        (sampled,) = nodes.KSampler().sample(target, SEED, STEPS, CFG, "euler", "normal", *conds, local)
+        outputs[f"sampling.local{name}"] = sampled["samples"]
+    skip_layer_guidance(model, conds)
     # One picture: ComfyUI 0.3.64's EasyCache cannot take more.
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
     easycache(model, conds, latent)
+
+
+def skip_layer_guidance(model, conds):
+    """An edit with the stock node, which leaves a block out in a third forward; a TAESD preview at each step."""
+    latent = {"samples": torch.zeros(1, 16, 8, 12)}
+    slg = {"layers": "1", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
+    (skipping,) = node("SkipLayerGuidanceSD3", model=model, **slg)
+    skipped, batches = [], report["sampling.edit.batches"]
+    second = model.model.diffusion_model.joint_blocks[1].register_forward_hook(lambda *_: skipped.append(1))
+    (sampled,) = nodes.KSampler().sample(skipping, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    second.remove()
+    outputs["sampling.slg"] = sampled["samples"]
+    report["slg_runs"] = [len(skipped), len(batches)]
+
+
+def preview(model, vae):
+    """A preview through the micro VAE's decoder, put where ComfyUI looks for SD3's TAESD."""
+    import latent_preview
+
+    folder = WORK / "vae_approx"
+    folder.mkdir()
+    folder_paths.add_model_folder_path("vae_approx", str(folder))
+    prefix, weights = "taesd_decoder.", vae.first_stage_model.state_dict()
+    decoder = {k.removeprefix(prefix): v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
+    save_file(decoder, folder / "taesd3_decoder.safetensors")
+    latent_preview.args.preview_method = latent_preview.LatentPreviewMethod.TAESD
+    previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
+    _, image, _ = previewer.decode_latent_to_preview_image("JPEG", INPUTS["latents"][:1])
+    report["preview"] = [type(previewer).__name__, *image.size]
 
 
 def easycache(model, conds, latent):
@@ -215,6 +263,38 @@ def single_file():
     """An exported single file through Load Diffusion Model's own loader."""
     model = comfy.sd.load_diffusion_model(str(WORK / "single.safetensors"))
     outputs["single.edit"] = predict(node("UniPic2EnableEditing", model=model)[0], "96x64x1", reference=True)
+
+
+def loader(model, vae):
+    """The one-click loader on every form that a model comes in."""
+    files = WORK / "diffusion_models"
+    folder_paths.add_model_folder_path("diffusion_models", str(files))
+    weights = {key: tensor.contiguous() for key, tensor in model.model.diffusion_model.state_dict().items()}
+    save_file(weights, files / "comfyui.safetensors")
+    parts = {f"first_stage_model.{key}": tensor for key, tensor in vae.first_stage_model.state_dict().items()}
+    checkpoint = {**{f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}, **parts}
+    save_file({key: tensor.contiguous() for key, tensor in checkpoint.items()}, files / "checkpoint.safetensors")
+    for file in ("lora.safetensors", "single.safetensors"):
+        (files / file).write_bytes((WORK / file).read_bytes())
+    before = [file.read_bytes() for file in sorted(Path(MODELS, "sharded").rglob("*.safetensors"))]
+    for name in ("random", "sharded", "sharded", "single", "comfyui", "checkpoint"):
+        chosen = name if name in ("random", "sharded") else f"{name}.safetensors"
+        found, own = node("UniPic2Loader", model=chosen, weight_dtype="default")
+        outputs[f"loader.{name}"] = predict(found, "96x64x1", reference=True)
+        if name in ("sharded", "checkpoint"):
+            outputs[f"loader.{name}.vae"] = own.encode(INPUTS["image"])
+    after = [file.read_bytes() for file in sorted(Path(MODELS, "sharded").rglob("*.safetensors"))]
+    report["loader_left_files"] = len(before) > 3 and before == after
+    small, _ = node("UniPic2Loader", model="single.safetensors", weight_dtype="fp8_e4m3fn")
+    report["loader_fp8"] = str(small.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight.dtype)
+    outputs["loader.fp8"] = predict(small, "96x64x1", reference=True)
+    collect({
+        "loader_lora": lambda: node("UniPic2Loader", model="lora.safetensors", weight_dtype="default"),
+        "loader_absent": lambda: node("UniPic2Loader", model="../random", weight_dtype="default"),
+        "loader_no_vae": lambda: node("UniPic2Loader", model="single.safetensors", weight_dtype="default")[1].decode(
+            torch.zeros(1, 16, 8, 8)
+        ),
+    })  # fmt: skip
 
 
 def dynamic_vram():
@@ -475,7 +555,7 @@ def sample_with_reference(model, positive, negative):
 
 def pictures():
     ramp = torch.linspace(0, 1, 200).expand(1, 100, 200)[..., None]
-    image, width, height = node("UniPic2EditImageSize", image=ramp, longer_edge=64, multiple=32)
+    image, width, height, _, _ = node("UniPic2EditImageSize", image=ramp, longer_edge=64, multiple=32)
     outputs["size.grey"] = image.contiguous()
     report["size"] = [width, height]
     rgba = torch.cat([torch.zeros(1, 64, 64, 3), torch.linspace(0, 1, 64).expand(1, 64, 64)[..., None]], dim=-1)
@@ -483,6 +563,38 @@ def pictures():
     checker = (torch.arange(512)[:, None] + torch.arange(512)).remainder(2).float().expand(3, 512, 512).movedim(0, -1)
     outputs["size.checker"] = node("UniPic2EditImageSize", image=checker[None], longer_edge=64, multiple=32)[0]
     outputs["size.same"] = node("UniPic2EditImageSize", image=INPUTS["image"], longer_edge=96, multiple=32)[0]
+    paste_back()
+
+
+def paste_back():
+    """The edit that changes nothing, by way of every fit, alone and enlarged; and one that a mask holds to a spot."""
+    original = INPUTS["photo"]
+    height, width = original.shape[1:3]
+    mask = torch.zeros(1, height, width)
+    mask[:, 60:140, 100:200] = 1
+    for fit in ("stretch", "crop", "pad"):
+        size = {"image": original, "longer_edge": 256, "multiple": 32, "fit": fit, "mask": mask}
+        small, *numbers, small_mask, placement = node("UniPic2EditImageSize", **size)
+        report[f"paste.{fit}"] = [numbers, placement.source, placement.target]
+        outputs[f"paste.{fit}.mask"] = small_mask
+        back = {"original": original, "placement": placement, "feather": 0}
+        (outputs[f"paste.{fit}"],) = node("UniPic2PasteBack", image=small, **back)
+        twice = torch.nn.functional.interpolate(small.movedim(-1, 1), scale_factor=2, mode="bicubic").clamp(0, 1)
+        (outputs[f"paste.{fit}.enlarged"],) = node("UniPic2PasteBack", image=twice.movedim(1, -1), **back)
+        black = torch.zeros_like(small).repeat(2, 1, 1, 1)
+        (outputs[f"paste.{fit}.masked"],) = node("UniPic2PasteBack", image=black, **{**back, "mask": mask})
+        (outputs[f"paste.{fit}.feathered"],) = node(
+            "UniPic2PasteBack", image=black, **{**back, "mask": mask, "feather": 10}
+        )
+    whole = node("UniPic2EditImageSize", image=original, longer_edge=256, multiple=32, fit="pad")[3]
+    outputs["paste.whole_mask"] = whole
+    collect({
+        "paste_other_original": lambda: node("UniPic2PasteBack", image=small, **{**back, "original": small}),
+        "paste_other_shape": lambda: node("UniPic2PasteBack", image=small[:, :64], **back),
+        "paste_batches": lambda: node(
+            "UniPic2PasteBack", image=black, **{**back, "original": original.repeat(3, 1, 1, 1)}
+        ),
+    })  # fmt: skip
 
 
 def main():
@@ -500,6 +612,8 @@ def main():
             sampling: (editing, clip, vae),
             lora: (model, editing),
             single_file: (),
+            loader: (model, vae),
+            preview: (model, vae),
             controlnet: (editing,),
             further_gpu: (editing,),
             memory: (editing,),

@@ -17,6 +17,7 @@ from unipic2.core.checkpoint import export_single_file, save_tensors
 from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.files import COMFYUI_LORA
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
+from unipic2.core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from unipic2.trainer.adapters import lora_config, prepare, save_lora
 from unipic2.trainer.kontext_pipeline import StableDiffusion3KontextPipeline
 from unipic2.trainer.kontext_transformer import SD3Transformer2DKontextModel
@@ -119,6 +120,7 @@ def models_folder(pipeline, metaquery, tmp_path_factory) -> Path:
     save_tensors({k: t.to(torch.float8_e4m3fn) for k, t in load_file(weights).items()}, weights)
     for name in ("random", "truncated", "no_vae", "wrong_config", "wrong_tensors"):
         pipeline.save_pretrained(base / name)
+    pipeline.save_pretrained(base / "sharded", max_shard_size="4MB")
     weights = "transformer/diffusion_pytorch_model.safetensors"
     data = (base / "truncated" / weights).read_bytes()
     (base / "truncated" / weights).write_bytes(data[: len(data) // 2])
@@ -157,6 +159,9 @@ def inputs() -> dict[str, torch.Tensor]:
         picture = torch.nn.functional.interpolate(small, (height, width), mode="bilinear")
         out[f"vision.{width}x{height}"] = (picture * 255).round().div(255).movedim(1, -1).contiguous()
     out["latents"] = randn(2, 16, 8, 12)
+    # Smooth and without a repeated pattern: a shift of it by part of a pixel can be measured.
+    photo = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 18, generator=generator), (331, 503), mode="bicubic")
+    out["photo"] = photo.clamp(0, 1).movedim(1, -1).contiguous()
     return out
 
 
@@ -187,6 +192,8 @@ def comfyui(models_folder, inputs, lora, tmp_path_factory):
     save_file(inputs, folder / "inputs.safetensors")
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
+    (folder / "diffusion_models").mkdir()
+    (folder / "edit_negative.json").write_text(json.dumps(DEFAULT_EDIT_NEGATIVE_PROMPT))
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     (folder / "metaquery_prompts.json").write_text(json.dumps(METAQUERY_PROMPTS))
     command = [install.python, HERE / "comfyui_process.py", install.root, pack, models_folder, folder]

@@ -87,3 +87,23 @@ def test_a_clone_with_another_model_runs_that_model(comfyui):
 def test_memory_estimate_counts_the_reference(comfyui):
     without, with_reference = comfyui[1]["memory"]
     assert with_reference == pytest.approx(2 * without)
+
+
+@pytest.mark.parametrize("form", ["random", "sharded", "single", "comfyui", "checkpoint"])
+def test_the_loader_takes_every_form(comfyui, form):
+    tensors, report = comfyui
+    assert (tensors[f"loader.{form}"] - tensors["forward.96x64x1.edit"]).abs().max() <= 1e-6
+    assert report["loader_left_files"], "loading changed the files"
+
+
+@pytest.mark.parametrize("form", ["sharded", "checkpoint"])
+def test_the_loader_brings_the_vae(comfyui, form):
+    tensors, _ = comfyui
+    assert (tensors[f"loader.{form}.vae"] - tensors["vae.latents"]).abs().max() <= 1e-6
+
+
+def test_the_loader_takes_fp8(comfyui):
+    tensors, report = comfyui
+    assert report["loader_fp8"] == "torch.float8_e4m3fn"
+    exact, found = tensors["forward.96x64x1.edit"], tensors["loader.fp8"]
+    assert 1e-4 < (found - exact).abs().mean() < 0.2 * exact.abs().mean()

@@ -61,3 +61,26 @@ def test_both_prompts_run_in_one_forward(comfyui, case, batch):
 
 def test_the_stock_easycache_node_saves_forwards(comfyui):
     assert 0 < comfyui[1]["easycache_runs"] < STEPS
+
+
+@pytest.mark.parametrize("way", ["", "_differential"])
+def test_a_local_edit_keeps_the_rest(comfyui, way):
+    """The stock sampler, and with stock DifferentialDiffusion before it."""
+    tensors, _ = comfyui
+    local, picture = tensors[f"sampling.local{way}"], tensors["vae.latents"][:1]
+    inside = torch.zeros(8, 12, dtype=torch.bool)
+    inside[2:6, 4:8] = True
+    assert (local - picture).abs()[..., ~inside].max() < 1e-5
+    assert (local - picture).abs()[..., inside].mean() > 0.1
+
+
+def test_the_stock_skip_layer_guidance_edits(comfyui):
+    tensors, report = comfyui
+    runs, steps = report["slg_runs"]
+    assert runs == steps, "the block runs for both prompts at once, and not in the pass that leaves it out"
+    plain, skipping = tensors["sampling.local"], tensors["sampling.slg"]
+    assert skipping.shape == plain.shape and torch.isfinite(skipping).all()
+
+
+def test_a_taesd_preview(comfyui):
+    assert comfyui[1]["preview"] == ["TAESDPreviewerImpl", 96, 64]

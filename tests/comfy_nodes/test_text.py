@@ -65,3 +65,11 @@ def test_sd3_positive_and_negative_have_one_length(comfyui, name):
 
 def test_the_users_clip_keeps_its_own_padding(comfyui):
     assert comfyui[1]["sd3_option_left_behind"] == {}
+
+
+def test_an_empty_negative_prompt_is_what_the_task_was_published_with(comfyui):
+    """Nothing for text-to-image, for an edit our wording of the published default."""
+    report = comfyui[1]
+    (prompt, nothing), (edit_prompt, default) = report["sd3_tokens.text-to-image"], report["sd3_tokens.edit"]
+    assert prompt == nothing == edit_prompt
+    assert default["l"] == report["sd3_tokens.edit_negative"]["l"] != nothing["l"]

@@ -4,7 +4,15 @@ import pytest
 import torch
 from unipic2.core.errors import InputError
 from unipic2.core.flow import interpolate, shift_sigmas
-from unipic2.core.sizes import MAX_EDGE, fit_size, nearest_valid_size, understanding_size, vision_size
+from unipic2.core.sizes import (
+    FITS,
+    MAX_EDGE,
+    fit_size,
+    nearest_valid_size,
+    place,
+    understanding_size,
+    vision_size,
+)
 from unipic2.core.vision import vision_pixels
 
 
@@ -26,6 +34,7 @@ from unipic2.core.vision import vision_pixels
         ((300, 200), {"longer_edge": 96, "multiple": 16}, (96, 64)),
         ((7, 7), {"longer_edge": 32}, (32, 32)),
         ((7, 7), {"longer_edge": MAX_EDGE}, (MAX_EDGE, MAX_EDGE)),
+        ((7, 7), {"longer_edge": MAX_EDGE, "multiple": 80}, (6080, 6080)),  # not rounded up beyond it
     ],
 )
 def test_fit_size(size, options, expected):
@@ -51,6 +60,37 @@ def test_fit_size_gives_valid_sizes(width, height):
     assert nearest_valid_size(*fitted) == fitted
     assert max(fitted) == 512
     assert (fitted[0] >= fitted[1]) == (width >= height) or abs(fitted[0] - fitted[1]) <= 32
+
+
+@pytest.mark.parametrize(
+    ("fit", "source", "size", "target"),
+    [
+        ("stretch", (0, 0, 500, 330), (512, 352), (0, 0, 512, 352)),
+        ("crop", (10, 0, 490, 330), (512, 352), (0, 0, 512, 352)),
+        ("pad", (0, 0, 500, 330), (512, 352), (0, 7, 512, 345)),
+    ],
+)
+def test_place(fit, source, size, target):
+    found = place(500, 330, fit=fit)
+    assert (found.original, found.source, found.size, found.target) == ((500, 330), source, size, target)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 3), (3, 10_000), (503, 331), (331, 503), (64, 64), (512, 271)])
+@pytest.mark.parametrize("fit", FITS)
+def test_placements_hold_together(size, fit):
+    """Boxes lie inside, what is drawn has edges that are multiples, and only stretching changes a shape."""
+    found = place(*size, fit=fit)
+    for box, outer in ((found.source, size), (found.target, found.size)):
+        assert 0 <= box[0] < box[2] <= outer[0] and 0 <= box[1] < box[3] <= outer[1]
+    assert nearest_valid_size(*found.size) == found.size and max(found.size) == 512
+    if fit != "stretch" and max(size) < 50 * min(size):
+        (w, h), (tw, th) = ((b[2] - b[0], b[3] - b[1]) for b in (found.source, found.target))
+        assert abs(w * th - h * tw) <= max(w, h, tw, th)  # to a pixel
+
+
+def test_place_refuses_an_unknown_fit():
+    with pytest.raises(InputError, match="found 'fill', expected one of stretch, crop, pad"):
+        place(5, 5, fit="fill")
 
 
 @pytest.mark.parametrize(

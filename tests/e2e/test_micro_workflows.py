@@ -1,19 +1,21 @@
-"""Both micro workflows through `unipic2 run` on a real ComfyUI server, judged by the verifier.
+"""The micro workflows through `unipic2 run` on a real ComfyUI server, judged by the verifier.
 
 ComfyUI and the trainer draw the same noise from the same seed, so beside the accuracies the pictures themselves
 are compared with the trainer's own sampling of the same weights.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from unipic2.cli import main
 from unipic2.cli.comfyui import Server, resolve_install
 from unipic2.core.micro import EDIT_GUIDANCE_SCALE, weights_dir
-from unipic2.trainer import StableDiffusion3KontextPipeline
+from unipic2.trainer import MetaQueryPipeline, StableDiffusion3KontextPipeline
 from unipic2.trainer.micro.evaluate import draw, eval_edit_tasks, eval_t2i_tasks, judge
-from unipic2.trainer.micro.world import render
+from unipic2.trainer.micro.world import GROUNDS, render
 
 pytestmark = pytest.mark.comfyui
 
@@ -30,6 +32,11 @@ def server():
 @pytest.fixture(scope="module")
 def pipeline():
     return StableDiffusion3KontextPipeline.from_pretrained(weights_dir(), torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def metaquery():
+    return MetaQueryPipeline.from_pretrained("micro-metaquery", torch_dtype=torch.float32)
 
 
 def run_workflow(server, name, task, seed, folder, source=None):
@@ -70,3 +77,97 @@ def test_edit(server, pipeline, tmp_path):
     ]
     trainer = draw(pipeline, tasks, SEED, guidance_scale=EDIT_GUIDANCE_SCALE)
     compare(comfyui, trainer, tasks, at_least=0.6)
+
+
+def test_edit_at_full_size(server, tmp_path):
+    """The edit comes back at the picture's size, four times the model's, and is as right as a small one."""
+    tasks = eval_edit_tasks(12, SEED)
+    edited = [
+        run_workflow(server, "micro_edit_full_size", task, SEED + i, tmp_path, render(task.source).resize((256, 256)))
+        for i, task in enumerate(tasks)
+    ]
+    assert {image.size for image in edited} == {(256, 256)}
+    right = np.mean([verdict.strict for verdict in judge([image.resize((64, 64)) for image in edited], tasks)])
+    print(f"strict at full size: {right:.3f}")
+    assert right >= 0.5
+
+
+def test_local_edit(server, tmp_path):
+    """What is transparent in the picture changes, and its fading border; beyond that not a pixel does."""
+    task = next(task for task in eval_edit_tasks(24, SEED) if task.kind == "recolor")
+    thing = task.source.things[task.index]
+    source = render(task.source).resize((256, 256)).convert("RGBA")
+    alpha = np.full((256, 256), 255, np.uint8)
+    left, right, top, bottom = (4 * edge for edge in (thing.x - 12, thing.x + 12, thing.y - 12, thing.y + 12))
+    rows, columns = (slice(max(0, int(low)), int(high)) for low, high in ((top, bottom), (left, right)))
+    alpha[rows, columns] = 0
+    source.putalpha(Image.fromarray(alpha))
+    out = np.asarray(run_workflow(server, "micro_edit_local", task, SEED, tmp_path, source), int)
+    before = np.asarray(source.convert("RGB"), int)
+    near = np.asarray(Image.fromarray(255 - alpha).filter(ImageFilter.MaxFilter(2 * 17 + 1))) > 0
+    assert np.array_equal(out[~near], before[~near])
+    assert np.abs(out - before)[rows, columns].mean() > 10
+
+
+def test_local_edit_wants_a_mask(server, tmp_path, capsys):
+    """A picture without one would come back as it was."""
+    task = eval_edit_tasks(1, SEED)[0]
+    render(task.source).save(tmp_path / "opaque.png")
+    arguments = ["run", "micro_edit_local", "--server", server.url, "--image", str(tmp_path / "opaque.png")]
+    assert main([*arguments, "-o", str(tmp_path / "out.png")]) == 2
+    assert "opaque.png: found none (mode RGB), expected transparency" in capsys.readouterr().err
+
+
+def test_batch_edit(server, tmp_path):
+    """One instruction, two pictures, each with its own result."""
+    sources = [task.source for task in eval_edit_tasks(6, SEED) if task.kind in ("recolor", "background")][:2]
+    paths = [tmp_path / f"source_{i}.png" for i in range(2)]
+    for path, scene in zip(paths, sources, strict=True):
+        render(scene).save(path)
+    given = [part for node, path in zip(("2", "3"), paths, strict=True) for part in ("--image", f"{node}={path}")]
+    out = tmp_path / "out.png"
+    arguments = ["run", "micro_edit_batch", "--server", server.url, "--prompt", "make the background beige", *given]
+    assert main([*arguments, "--seed", "1", "-o", str(out)]) == 0
+    drawn = [np.asarray(Image.open(tmp_path / f"out_0000{i}.png").convert("RGB"), int) for i in (1, 2)]
+    for picture, scene in zip(drawn, sources, strict=True):
+        assert np.abs(picture[:3].mean((0, 1)) - GROUNDS["beige"]).max() < 12
+        unchanged = np.abs(picture - np.asarray(render(replace(scene, ground="beige")), int)).mean()
+        assert unchanged < 12
+
+
+def test_metaquery_text_to_image(server, metaquery, tmp_path):
+    tasks = eval_t2i_tasks(COUNT, SEED)
+    name = "micro_metaquery_text_to_image"
+    comfyui = [run_workflow(server, name, task, SEED + i, tmp_path) for i, task in enumerate(tasks)]
+    compare(comfyui, draw(metaquery, tasks, SEED), tasks, at_least=0.4)
+
+
+def test_metaquery_edit(server, metaquery, tmp_path):
+    tasks = eval_edit_tasks(COUNT, SEED)
+    name = "micro_metaquery_edit"
+    comfyui = [
+        run_workflow(server, name, task, SEED + i, tmp_path, render(task.source)) for i, task in enumerate(tasks)
+    ]
+    compare(comfyui, draw(metaquery, tasks, SEED), tasks, at_least=0.5)
+
+
+def test_metaquery_understands_and_edits(server, metaquery, tmp_path):
+    """The answer completes the instruction: the one red thing goes, the others stay."""
+    edits = [task for task in eval_edit_tasks(240, SEED) if task.kind == "remove"]
+    tasks = [
+        task for task in edits
+        if task.source.things[task.index].color == "red" and sum(t.color == "red" for t in task.source.things) == 1
+    ]  # fmt: skip
+    assert len(tasks) >= 4
+    drawn = []
+    for i, task in enumerate(tasks):
+        answer = metaquery.answer("what shape is red?", render(task.source))
+        assert answer == task.source.things[task.index].shape
+        source, out = tmp_path / f"source_{i}.png", tmp_path / f"out_{i}.png"
+        render(task.source).save(source)
+        arguments = ["run", "micro_metaquery_understand_edit", "--server", server.url, "--image", str(source)]
+        assert main([*arguments, "--seed", str(SEED + i), "-o", str(out)]) == 0
+        drawn.append(Image.open(out).convert("RGB"))
+    right = np.mean([verdict.strict for verdict in judge(drawn, tasks)])
+    print(f"understand, then remove: {right:.3f} of {len(tasks)}")
+    assert right >= 0.5

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from unipic2.core.errors import InputError
-from unipic2.core.micro import BUNDLED_MODELS, weights_dir
+from unipic2.core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
-from unipic2.trainer.kontext_pipeline import check_pipeline_folder
 from unipic2.trainer.micro.codec import sample_scenes
 from unipic2.trainer.micro.world import render
+from unipic2.trainer.script import open_model
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -144,17 +144,37 @@ def test_bundled_weights_have_names(name, tmp_path, monkeypatch):
     """They mean the same in every folder; a path with a slash is one's own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    folder = StableDiffusion3KontextPipeline.find_folder(name)
-    assert folder == weights_dir(name)
-    check_pipeline_folder(folder)
+    assert StableDiffusion3KontextPipeline.find_folder(name) == weights_dir(name)
+    open_model(name)
     assert StableDiffusion3KontextPipeline.find_folder(f"./{name}") == Path(name)
 
 
-def test_the_bundled_models_differ_in_the_transformer_alone():
-    """PDTR trains nothing else."""
-    for file in sorted(weights_dir("micro-pretrained").rglob("*.safetensors")):
-        other = weights_dir() / file.relative_to(weights_dir("micro-pretrained"))
-        assert (file.read_bytes() == other.read_bytes()) == (file.parent.name != "transformer"), file
+def test_bundled_models_share_what_none_of_them_changed():
+    """PDTR trains the transformer alone, MetaQuery the transformer and what stands before it."""
+    files = {name: list(weights_dir(name).rglob("*.safetensors")) for name in BUNDLED_MODELS}
+    own = {name: {file.parent.name for file in found} for name, found in files.items()}
+    assert own["micro-pretrained"] == {"transformer", "text_encoder", "vae"}
+    assert own["micro"] == {"transformer"}
+    assert own["micro-metaquery"] == {"transformer", "text_encoder", "conditioner"}
+    assert sum(file.stat().st_size for found in files.values() for file in found) < 40e6
+
+
+def test_exports_of_bundled_models_are_whole(tmp_path):
+    pipe = load("micro")
+    pipe.save_trained(tmp_path / "export", {"transformer"}, torch.float16)
+    again = load(tmp_path / "export")
+    for name in ("vae", "text_encoder"):
+        files = [weights_dir("micro-pretrained") / name, tmp_path / "export" / name]
+        assert len({next(folder.glob("*.safetensors")).read_bytes() for folder in files}) == 1, name
+    assert again.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+
+
+def test_only_bundled_models_share(tmp_path):
+    """Somebody's copy of one must say what it lacks, not take it from here."""
+    shutil.copytree(weights_dir("micro"), tmp_path / "micro")
+    assert "no text_encoder folder" in error_of(tmp_path / "micro")
+    assert component_dir(tmp_path / "micro", "vae") == tmp_path / "micro/vae"
+    assert component_dir(weights_dir("micro"), "text_encoder_2") == weights_dir("micro") / "text_encoder_2"
 
 
 def test_a_missing_folder(tmp_path, monkeypatch):

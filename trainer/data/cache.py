@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ...core.checkpoint import component_files, read_header, save_tensors
 from ...core.errors import InputError
 from ...core.files import write_file
+from ...core.micro import component_dir
 from .pairs import PairDataset
 from .sources import BrokenRow
 
@@ -38,7 +39,7 @@ def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype) ->
     """
     digest = hashlib.blake2b(f"3 {dtype} {encoder_dtype}".encode(), digest_size=16)
     for name in _ENCODERS:
-        component = folder / name
+        component = component_dir(folder, name)
         if not component.is_dir():
             continue
         files = sorted(f for f in component.iterdir() if f.suffix in _SETTINGS)

@@ -30,10 +30,11 @@ def evaluate(arguments: Namespace) -> dict | None:
     out = arguments.out
     benchmark, about, sampling = (_micro if arguments.benchmark == "micro" else _geneval)(arguments)
     if arguments.only != "score":
-        kind = {} if arguments.benchmark == "micro" else {"torch_dtype": torch.bfloat16}
         on_gpu = torch.cuda.is_available()
-        pipeline = open_model(arguments.model, **(kind if on_gpu and kind else {"torch_dtype": torch.float32}))
-        pipeline.to(PartialState().device if on_gpu else "cpu")
+        half = on_gpu and arguments.benchmark != "micro"
+        pipeline = open_model(arguments.model, torch_dtype=torch.bfloat16 if half else torch.float32)
+        if on_gpu:
+            pipeline.to(PartialState().device)
         generate(pipeline, benchmark, out, {"model": arguments.model, **about}, sampling, arguments.batch_size)
     if arguments.only == "draw" or not PartialState().is_main_process:
         return None

@@ -11,7 +11,9 @@ from ...core.errors import InputError
 from ...core.files import check_replaceable, write_file
 from ..kontext_pipeline import StableDiffusion3KontextPipeline, check_pipeline_folder
 from ..metaquery import metaquery, parse
-from ..metaquery_pipeline import MetaQueryPipeline, is_metaquery, load_vlm
+from ..metaquery_config import MetaQueryConfig
+from ..metaquery_pipeline import is_metaquery, load_vlm
+from ..script import open_model
 from ..sheets import save_sheet
 from ..stages import parse_stages, run_stages
 from . import VLM_STEPS
@@ -75,10 +77,13 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     stages.run("train", lambda: run_stages(runs, metaquery))
 
     def score() -> None:
-        pipeline = MetaQueryPipeline.from_pretrained(run_dir / "export", torch_dtype=torch.float32)
-        scores, drawn = evaluate(pipeline, 256, HELD_OUT_SEED)
+        models = {base: folder, **{stage_of(args): Path(args.output_dir) / "export" for _, args in runs}}
+        compared = {}
+        for name, source in models.items():
+            scores, drawn = evaluate(open_model(source, torch_dtype=torch.float32), 256, HELD_OUT_SEED)
+            compared[name] = {task: scores[task]["strict"] for task in ("t2i", "edit")}
         save_sheet(result_sheet(drawn), work / "results.png")
-        write_file(work / "results.json", json.dumps(scores, indent=2) + "\n")
+        write_file(work / "results.json", json.dumps({**scores, "compared": compared}, indent=2) + "\n")
 
     stages.run("evaluate", score)
     results = json.loads((work / "results.json").read_text(encoding="utf-8"))
@@ -89,11 +94,18 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     return results
 
 
+def stage_of(args: MetaQueryConfig) -> str:
+    """Return what the model card calls a stage."""
+    return f"{args.max_steps} steps, transformer {'frozen' if args.trainable == 'none' else 'trained'}"
+
+
 def card(command: str, minutes: dict, results: dict, runs: list[tuple]) -> str:
     """Return the model card as Markdown."""
     asked = results["questions"]
     rows = [f"| {kind} | {accuracy:.3f} |" for kind, accuracy in asked["kinds"].items()]
-    steps = ", ".join(f"{args.max_steps} ({args.trainable})" for _, args in runs)
+    compared = [
+        f"| {name} | {found['t2i']:.3f} | {found['edit']:.3f} |" for name, found in results["compared"].items()
+    ]
     total = sum(minutes.values())
     spent = ", ".join(f"{name} {value}" for name, value in minutes.items())
     return f"""# Micro UniPic2-MetaQuery
@@ -107,7 +119,11 @@ Made by one command, {total:.0f} minutes on {torch.get_num_threads()} CPU thread
 {command}
 ```
 
-Optimizer steps by stage, and what of the transformer was trained: {steps}.
+Strict accuracy on held-out prompts and edits, of the model it was made from and after each stage:
+
+| | t2i | edit |
+|---|---|---|
+{chr(10).join(compared)}
 
 Held-out questions, right word for word: {asked["accuracy"]:.3f} of {asked["n"]}.
 
