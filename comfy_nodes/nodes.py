@@ -20,7 +20,7 @@ _SOCKETS = {
     "CONDITIONING": lambda value: isinstance(value, list) and all(len(part) == 2 for part in value),
     "MODEL": lambda value: hasattr(value, "get_model_object"),
     "CLIP": lambda value: hasattr(value, "tokenize"),
-    "VAE": lambda value: hasattr(value, "encode"),
+    "VAE": lambda value: hasattr(value, "encode") and hasattr(value, "decode"),
     "UNIPIC2_CONNECTOR": lambda value: hasattr(value, "model"),
     "UNIPIC2_PLACEMENT": lambda value: isinstance(value, PlacementValue),
 }
