@@ -24,9 +24,7 @@ def read_masked(path: Path) -> bytes:
             raise InputError(f"picture {path}", found=found, expected=expected, remedy=remedy)
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     rgba.info.clear()
-    buffer = io.BytesIO()
-    rgba.save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+    return _png(rgba)
 
 
 def read_rgb(path: Path) -> tuple[bytes, list[str]]:
@@ -64,9 +62,13 @@ def read_rgb(path: Path) -> tuple[bytes, list[str]]:
         # Pillow raises SyntaxError for broken PNG chunks.
         reason = getattr(error, "strerror", None) or error
         raise InputError(what, found=reason, expected=FORMATS, remedy="Export the picture again.") from error
+    return _png(rgb), notes
+
+
+def _png(image) -> bytes:
     buffer = io.BytesIO()
-    rgb.save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue(), notes
+    image.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
 
 
 def _is_deep(image) -> bool:

@@ -1,6 +1,6 @@
 """Load parts of folders in the published layout, and single files, through ComfyUI's own loaders. No nodes here."""
 
-import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.latent_formats
@@ -24,6 +24,7 @@ from ..core.checkpoint import (
     transformer_config,
 )
 from ..core.errors import InputError
+from ..core.files import read_json
 from ..core.micro import VAE_CONFIG, component_dir
 from . import kontext
 
@@ -91,10 +92,8 @@ def _load_file(path, options: dict, node: str):
         remedy = "Load it behind the model with LoraLoaderModelOnly." if kind == LORA else None
         expected = "a UniPic2 transformer with diffusers' or ComfyUI's keys"
         raise InputError(f"{node}, {path.name}", found=kind, expected=expected, remedy=remedy)
-    try:
+    with _mismatches_named(path):
         model = comfy.sd.load_diffusion_model(str(path), model_options=dict(options))
-    except RuntimeError as error:  # torch: "size mismatch for ..."
-        raise InputError(f"{path}", found="tensors that do not fit together", remedy=f"{error}") from error
     prefix = next(key for key in shapes if key.endswith(_FIRST)).removesuffix(_FIRST)
     wanted = {key for key in model.model.diffusion_model.state_dict() if key.endswith((".weight", ".bias"))}
     _check_names(path, {key.removeprefix(prefix) for key in shapes} & wanted, wanted)  # ComfyUI only logs what misses
@@ -131,10 +130,8 @@ def _from_diffusers(path, weights: dict, num_layers: int, options: dict | None):
         )
     context_width = converted["context_embedder.weight"].shape[1]
     shapes = {key: tuple(tensor.shape) for key, tensor in converted.items()}
-    try:
+    with _mismatches_named(path):
         model = comfy.sd.load_diffusion_model_state_dict(converted, model_options=dict(options or {}))
-    except RuntimeError as error:  # torch: "size mismatch for ..."
-        raise InputError(f"{path}", found="tensors that do not fit together", remedy=f"{error}") from error
     if model is None:
         raise InputError(f"{path}", found="an unknown architecture", expected="an SD3 transformer")
     check_tensors(path, shapes, model.model.diffusion_model.state_dict())
@@ -171,6 +168,15 @@ def _sd3_vae(path, weights: dict):
         found = "an unknown VAE" if vae.first_stage_model is None else f"a VAE of {vae.latent_channels} channels"
         raise InputError(f"{path}", found=found, expected="the VAE of SD3.5, or of a micro model")
     return vae
+
+
+@contextmanager
+def _mismatches_named(path):
+    """Name the file where torch says "size mismatch for ..."."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{path}", found="tensors that do not fit together", remedy=f"{error}") from error
 
 
 def _taesd_key(key):
@@ -223,7 +229,4 @@ def require_file(path):
 
 def read_config(path) -> dict:
     require_file(path)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}", found=f"{error}", expected="a JSON object") from error
+    return read_json(path, "a JSON object")

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from ...core.errors import InputError
-from ...core.files import read_json, write_file
+from ...core.files import write_file
 from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..rewards.geneval import GenEval
 from ..script import open_model
@@ -18,7 +18,7 @@ from .geneval import SAMPLES, geneval_benchmark, read_prompts
 from .items import Benchmark
 from .micro import micro_benchmark
 from .page import write_page
-from .run import RUN_FILE, generate, score
+from .run import generate, read_run, score
 
 
 def evaluate(arguments: Namespace) -> dict | None:
@@ -46,8 +46,7 @@ def evaluate(arguments: Namespace) -> dict | None:
 
 def _chosen(arguments: Namespace, defaults: dict) -> dict:
     """Return flags, as the folder was drawn where they are not given, else by default."""
-    path = arguments.out / RUN_FILE
-    before, chosen = read_json(path, "a benchmark's folder") if path.is_file() else {}, {}
+    before, chosen = read_run(arguments.out), {}
     for name, default in defaults.items():
         given = getattr(arguments, name)
         chosen[name] = before.get(name, default) if given is None else given

@@ -5,7 +5,6 @@ its own, so neither changes a picture beyond rounding.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from ...core.errors import InputError
 from ...core.files import read_json, write_file
 from ...core.micro import component_dir
 from ...core.pictures import to_rgb
+from ..sheets import save_sheet
 from .items import Benchmark, Item, Score, digest
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.json"
@@ -40,6 +40,11 @@ def model_digest(folder: Path) -> str:
                 while block := stream.read(1 << 24):
                     found.update(block)
     return found.hexdigest()
+
+
+def read_run(out: Path) -> dict:
+    """Return what was drawn in a folder, {} where nothing was. Raises InputError for a broken file."""
+    return read_json(out / RUN_FILE, "a benchmark's folder") if (out / RUN_FILE).is_file() else {}
 
 
 def _picture_path(out: Path, item: Item) -> Path:
@@ -74,8 +79,10 @@ def generate(pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: d
         (out / "images").mkdir(parents=True, exist_ok=True)
         write_file(out / RUN_FILE, json.dumps(run, indent=2) + "\n")
         for item in benchmark.items:
-            if item.source is not None:
-                _save(item.source, out / "sources" / f"{item.id}.png")
+            path = out / "sources" / f"{item.id}.png"
+            if item.source is not None and not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                save_sheet(item.source, path)
     state.wait_for_everyone()
     missing = [item for item in benchmark.items if not _picture_path(out, item).is_file()]
     pipeline.set_progress_bar_config(disable=True)
@@ -101,20 +108,13 @@ def _draw(pipeline, items: list[Item], benchmark: Benchmark, out: Path, sampling
         **sampling,
     ).images
     for item, image in zip(items, images, strict=True):
-        _save(image, _picture_path(out, item))
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    write_file(path, encoded.getvalue())
+        save_sheet(image, _picture_path(out, item))
 
 
 def _check_same(out: Path, run: dict) -> None:
     if not (out / RUN_FILE).is_file():
         return
-    before = read_json(out / RUN_FILE, "a benchmark's folder")
+    before = read_run(out)
     for name in ("benchmark", "prompts", "weights", "sampling"):
         if before.get(name) != run[name]:
             raise InputError(
@@ -154,7 +154,7 @@ def score(benchmark: Benchmark, out: Path, min_coverage: float = 1.0) -> tuple[d
     scores = benchmark.judge([item for item, _ in judged], [image for _, image in judged])
     rows = list(zip([item for item, _ in judged], scores, strict=True))
     results: dict = {
-        **(read_json(out / RUN_FILE, "a benchmark's folder") if (out / RUN_FILE).is_file() else {}),
+        **read_run(out),
         "benchmark": benchmark.name,
         "prompts": digest(benchmark.items),
         "coverage": {"expected": len(images), "judged": len(judged), "missing": missing, "broken": broken},
