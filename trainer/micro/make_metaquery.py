@@ -106,6 +106,7 @@ def card(command: str, minutes: dict, results: dict, runs: list[tuple]) -> str:
     compared = [
         f"| {name} | {found['t2i']:.3f} | {found['edit']:.3f} |" for name, found in results["compared"].items()
     ]
+    steps = ", ".join(f"{args.max_steps} ({args.trainable})" for _, args in runs)
     total = sum(minutes.values())
     spent = ", ".join(f"{name} {value}" for name, value in minutes.items())
     return f"""# Micro UniPic2-MetaQuery
@@ -118,6 +119,8 @@ Made by one command, {total:.0f} minutes on {torch.get_num_threads()} CPU thread
 ```
 {command}
 ```
+
+Optimizer steps by stage, and what of the transformer was trained: {steps}.
 
 Strict accuracy on held-out prompts and edits, of the model it was made from and after each stage:
 
