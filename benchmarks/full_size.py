@@ -107,25 +107,34 @@ def inside(way: str, root: str, folder: str) -> dict:
     return {"load": seconds, "memory": memory, "sampling": sampling, "finite": finite, "peak": peak()}
 
 
-def main() -> None:
-    """Write the model, run every way, print the table."""
+def measure(parent: str | None) -> tuple[int, dict[str, dict]]:
+    """Write the model into a temporary folder in `parent`; returns its number of elements, and way -> figures.
+
+    Raises:
+        RuntimeError: a way failed; the message is the end of what it said.
+    """
     from unipic2.cli.comfyui import resolve_install
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the temporary folder goes; it needs 5 GB")
-    arguments = parser.parse_args()
     install = resolve_install()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as parent:
-        folder = Path(parent) / "models" / "full"
-        print(f"{write_model(folder) / 1e9:.2f} billion elements, bfloat16")
-        found = {}
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
+        folder = Path(temporary) / "models" / "full"
+        elements, found = write_model(folder), {}
         for way in WAYS:
             command = [str(install.python), __file__, "--inside", way, str(install.root), str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=parent)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=temporary)
             if done.returncode:
-                sys.exit(done.stderr[-4000:])
+                raise RuntimeError(done.stderr[-4000:])
             found[way] = json.loads(done.stdout.strip().splitlines()[-1])
+    return elements, found
+
+
+def main() -> None:
+    """Run every way, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="where the temporary folder goes; it needs 5 GB")
+    elements, found = measure(parser.parse_args().folder)
+    print(f"{elements / 1e9:.2f} billion elements, bfloat16")
     plain = found[WAYS[0]]
     print("| way | load, s | ratio | memory, GB | ratio | two steps, s | finite |\n|---|---|---|---|---|---|---|")
     for way, r in found.items():

@@ -17,6 +17,8 @@ _LEAST = {
 }  # fmt: skip
 """Smallest values of whole numbers on the command line."""
 
+_N = "micro: prompts, and as many edits (default 256)"
+
 _TRAIN_HELP = """\
 Methods:
   pretrain   flow matching on text-to-image and edits
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a model").add_subparsers(dest="benchmark", required=True)
     micro = evaluate.add_parser("micro", help="held-out prompts and edits of the micro world, judged by the verifier")
-    micro.add_argument("--n", type=int, default=None, help="prompts, and as many edits (default 256)")
+    micro.add_argument("--n", type=int, default=None, help=_N)
     _add_eval_arguments(micro, "micro", "pipeline folder, or bundled weights: micro (default), micro-pretrained, ...")
     geneval = evaluate.add_parser(
         "geneval", help="GenEval's prompts, judged by its own rules with Mask2Former and CLIP of transformers"
@@ -76,21 +78,46 @@ def build_parser() -> argparse.ArgumentParser:
     geneval.add_argument(
         "--prompts", type=Path, required=True, help="GenEval's prompts/evaluation_metadata.jsonl, or rows of that form"
     )
-    geneval.add_argument("--samples", type=int, default=None, help="pictures of each prompt (default 4)")
-    geneval.add_argument("--width", type=int, default=None, help="pixels (default 512)")
-    geneval.add_argument("--height", type=int, default=None, help="pixels (default 512)")
+    _add_picture_arguments(geneval)
     geneval.add_argument("--exact-counts", action="store_true", help="more objects than asked are wrong too")
     geneval.add_argument(
         "--detector", default="facebook/mask2former-swin-small-coco-instance", help="hub name or folder (%(default)s)"
     )
     geneval.add_argument("--clip", default="openai/clip-vit-large-patch14", help="tells colours (%(default)s)")
-    _add_eval_arguments(geneval, "Skywork/UniPic2-SD3.5M-Kontext-2B", "pipeline folder or hub name (%(default)s)")
+    dpg = evaluate.add_parser("dpg", help="DPG-Bench: long prompts, and a graph of questions about each picture")
+    dpg.add_argument("--prompts", type=Path, required=True, help="the benchmark's dpg_bench.csv")
+    _add_picture_arguments(dpg)
+    gedit = evaluate.add_parser("gedit", help="GEdit-Bench: edits in eleven groups, English and Chinese, by VIEScore")
+    gedit.add_argument(
+        "--data", default="stepfun-ai/GEdit-Bench", help="hub name, .parquet file or folder of them (%(default)s)"
+    )
+    imgedit = evaluate.add_parser("imgedit", help="ImgEdit-Bench, basic suite: nine types of edits, three scores each")
+    imgedit.add_argument("--prompts", type=Path, required=True, help="the benchmark's basic_edit.json")
+    imgedit.add_argument("--images", type=Path, required=True, help="folder that the pictures' paths start from")
+    for edits in (gedit, imgedit):
+        edits.add_argument(
+            "--longer-edge", type=int, default=None, help="pixels of what is drawn, a multiple of 32 (default 512)"
+        )
+    for judged in (dpg, gedit, imgedit):
+        _add_judge_arguments(judged)
+    for published in (geneval, dpg, gedit, imgedit):
+        model = "Skywork/UniPic2-SD3.5M-Kontext-2B"
+        _add_eval_arguments(published, model, "pipeline folder or hub name (%(default)s)")
 
     compare = commands.add_parser(
-        "compare", help="folders of `unipic2 eval` side by side: a table with paired differences, and the pictures"
+        "compare",
+        help="results of `unipic2 eval`, or models, side by side: a table with paired differences, and the pictures",
     )
-    compare.add_argument("folders", type=Path, nargs="+", help="two or more; differences are to the first")
-    compare.add_argument("--out", type=Path, default=None, help="folder for comparison.json and comparison.png")
+    compare.add_argument(
+        "names", nargs="+",
+        help="two or more folders of `unipic2 eval`, or models, which the micro benchmark is run on; differences are "
+        "to the first",
+    )  # fmt: skip
+    compare.add_argument(
+        "--out", type=Path, default=None, help="folder for comparison.json, comparison.png and what models draw"
+    )
+    compare.add_argument("--n", type=int, default=None, help=_N)
+    _add_sampling_arguments(compare)
 
     world = commands.add_parser("micro", help="the micro world").add_subparsers(dest="action", required=True)
     sheet = world.add_parser("sheet", help="draw a contact sheet of real scenes with the verifier's verdicts")
@@ -140,10 +167,14 @@ def _add_eval_arguments(parser: argparse.ArgumentParser, model: str, help_of_mod
         "--out", type=Path, required=True,
         help="folder for images/, results.json, results.png and index.html; a run that was stopped goes on in it",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=None, help="seed of the noise, and of tasks that are drawn")
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: as the model is made for)")
-    parser.add_argument("--guidance-scale", type=float, default=None, help="guidance (default: likewise)")
-    parser.add_argument("--batch-size", type=int, default=None, help="pictures drawn at once (default 64, geneval 4)")
+    parser.add_argument("--lora", type=Path, default=None, help="LoRA on top: an exported folder, or diffusers' file")
+    parser.add_argument(
+        "--metaquery", default=None, help="draw --model through this MetaQuery model's connector (folder or hub name)"
+    )
+    parser.add_argument(
+        "--vlm", default=None, help="MetaQuery models: Qwen2.5-VL (default: the model's own, or the published 7B)"
+    )
+    _add_sampling_arguments(parser)
     parser.add_argument(
         "--only", choices=("draw", "score"), default=None,
         help="draw alone, or score the pictures in OUT/images alone, whoever made them (named as in results.json)",
@@ -151,6 +182,35 @@ def _add_eval_arguments(parser: argparse.ArgumentParser, model: str, help_of_mod
     parser.add_argument(
         "--min-coverage", type=float, default=1.0, help="share of pictures that must be there (default 1)"
     )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=None, help="seed of the noise, and of tasks that are drawn")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: as the model is made for)")
+    parser.add_argument("--guidance-scale", type=float, default=None, help="guidance (default: likewise)")
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="pictures drawn at once (default 64 for micro models, else 4)"
+    )
+
+
+def _add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of benchmarks that draw several pictures of each prompt."""
+    parser.add_argument("--samples", type=int, default=None, help="pictures of each prompt (default 4)")
+    parser.add_argument("--width", type=int, default=None, help="pixels (default 512)")
+    parser.add_argument("--height", type=int, default=None, help="pixels (default 512)")
+
+
+def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of benchmarks that ask a model; OPENAI_API_KEY in the environment is its key."""
+    parser.add_argument("--judge-base-url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    parser.add_argument("--judge-model", help="the model's name there; OPENAI_API_KEY in the environment is its key")
+    parser.add_argument(
+        "--judge-prompts", type=Path, default=None,
+        help="folder whose edit_success.txt, edit_quality.txt, dpg.txt or imgedit.json replace the shipped questions",
+    )  # fmt: skip
+    parser.add_argument("--judge-cache", type=Path, default=None, help="folder of kept answers (default OUT/judge)")
+    parser.add_argument("--judge-concurrency", type=int, default=16, help="questions at a time (default 16)")
+    parser.add_argument("--judge-timeout", type=float, default=60.0, help="seconds for an answer (default 60)")
 
 
 def main(argv: list[str]) -> int:
@@ -284,28 +344,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.batch_size is None:
         arguments.batch_size = 64 if arguments.benchmark == "micro" else 4
     results = evaluate(arguments)
-    if results is not None and arguments.benchmark == "micro":
-        _print_scores(results, arguments.out / "results.json")
-    elif results is not None:
-        for task in dict.fromkeys(item["task"] for item in results["items"]):
-            sys.stdout.write(f"{task}: {results[task]['strict']:.3f} of {results[task]['n']}\n")
-        sys.stdout.write(f"overall: {results['overall']:.3f}\n{arguments.out / 'results.json'}\n")
+    if results is None:
+        return 0
+    measures = results["measures"]
+    for task, found in results["tasks"].items():
+        means = ", ".join(f"{name} {found[name]:.3f}" for name in measures)
+        kinds = "" if list(found["kinds"]) == [task] else _kinds(found["kinds"], measures[0])
+        sys.stdout.write(f"{task}: {means} of {found['n']}{kinds}\n")
+    sys.stdout.write(f"overall: {results['overall']:.3f}\n{arguments.out / 'results.json'}\n")
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .evaluation.command import compare_folders
+    from .evaluation.command import compare_runs
 
     if arguments.out is not None:
         _check_folder(arguments.out)
-    if len(arguments.folders) < 2:
-        raise InputError("compare", found="one folder", expected="two or more")
-    sys.stdout.write(f"{compare_folders(arguments.folders, arguments.out)}\n")
+    if len(arguments.names) < 2:
+        raise InputError("compare", found="one folder or model", expected="two or more")
+    arguments.batch_size = arguments.batch_size or 64
+    sys.stdout.write(f"{compare_runs(arguments.names, arguments.out, arguments)}\n")
     return 0
+
+
+def _kinds(kinds: dict, measure: str) -> str:
+    return f" ({', '.join(f'{kind} {found[measure]:.2f}' for kind, found in kinds.items())})"
 
 
 def _print_scores(results: dict, where: Path) -> None:
     for task in ("t2i", "edit"):
-        kinds = ", ".join(f"{kind} {score['strict']:.2f}" for kind, score in results[task]["kinds"].items())
-        sys.stdout.write(f"{task}: strict {results[task]['strict']:.3f} of {results[task]['n']} ({kinds})\n")
+        kinds = _kinds(results[task]["kinds"], "strict")
+        sys.stdout.write(f"{task}: strict {results[task]['strict']:.3f} of {results[task]['n']}{kinds}\n")
     sys.stdout.write(f"{where}\n")

@@ -5,7 +5,6 @@ the reward functions. A group is the pictures of one draw of one row, and is kno
 process.
 """
 
-import asyncio
 import copy
 import math
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .advantages import advantages
 from .batches import DRAW_SEED, SeededDraws, TaskBlockSampler, derived_seed
@@ -25,7 +24,8 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline, resized
 from .kontext_trainer import KontextTrainer
 from .matching import Matching
 from .noisy_steps import NoisySteps
-from .rewards import RewardFunction, columns_of, name_of, score
+from .rewards import RewardFunction, columns_of, looked_through, name_of
+from .rewards.beside import Beside
 from .rollouts import rollout, snapped
 from .sheets import Cell, contact_sheet, save_sheet
 
@@ -72,11 +72,8 @@ def _best_and_worst(rewards: torch.Tensor, prompts: list[str], images: list, sou
     cells = []
     for i in [*_of_each_prompt(order, prompts), *_of_each_prompt(order[::-1], prompts)]:
         pair = [images[i]] if sources[i] is None else [sources[i], images[i]]
-        edge = min(_THUMBNAIL, *images[i].size)
-        cells.append(
-            Cell(f"{rewards[i]:.3f} {prompts[i]}", [ImageOps.pad(p, (edge, edge), color="white") for p in pair])
-        )
-    return contact_sheet(cells, columns=_SHOWN)
+        cells.append(Cell(f"{rewards[i]:.3f} {prompts[i]}", pair))
+    return contact_sheet(cells, columns=_SHOWN, edge=_THUMBNAIL)
 
 
 class FlowGRPOTrainer(KontextTrainer):
@@ -193,19 +190,24 @@ class FlowGRPOTrainer(KontextTrainer):
         window = self.learner.window(self._batches_done // self._repeats)
         step_noise = torch.randn(len(window), *shape, generator=generator)
         model = self.trained_model().eval()
-        parts, images = [], []
-        for part in torch.arange(len(groups)).split(self._train_batch_size):
-            text = self._text(generation, part)
-            drawn = rollout(
-                lambda latents, sigmas, text=text: self.velocity(model, latents, sigmas, text).float(),
-                noise[part].to(device), generation["sigmas"], args.dynamics, args.eta, window, step_noise[:, part],
-                getattr(torch, args.storage_dtype), keep_means=self.learner.keeps_means,
-            )  # fmt: skip
-            parts.append(drawn)
-            images += self._decode(drawn.latents)
+        parts, samples = [], [rows[i] for i in groups.tolist()]
+        prompts, columns = [sample["prompt"] for sample in samples], columns_of(samples)
+        with Beside(self.reward_funcs, prompts, columns, args.num_generations, device) as beside:
+            for part in torch.arange(len(groups)).split(self._train_batch_size):
+                text = self._text(generation, part)
+                drawn = rollout(
+                    lambda latents, sigmas, text=text: self.velocity(model, latents, sigmas, text).float(),
+                    noise[part].to(device), generation["sigmas"], args.dynamics, args.eta, window, step_noise[:, part],
+                    getattr(torch, args.storage_dtype), keep_means=self.learner.keeps_means,
+                )  # fmt: skip
+                parts.append(drawn)
+                beside.drawn(self._decode(drawn.latents))
+            rewards = beside.all()
         generation["steps"] = parts[0].steps
         generation["kept"] = self.learner.keep(parts, generation["sigmas"], generator)
-        generation["advantages"] = self._score(rows, groups, images).to(device)
+        generation["advantages"] = self._advantages(
+            rewards, groups, prompts, beside.images, columns["source_image"]
+        ).to(device)
         order = torch.randperm(len(groups), generator=generator)
         generation["batches"] = order.split(self._train_batch_size)
         if not self._on_policy:
@@ -237,16 +239,24 @@ class FlowGRPOTrainer(KontextTrainer):
             pixels = vae.decode(latents, return_dict=False)[0].float()
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
-    def _score(self, rows: list[dict], groups: torch.Tensor, images: list) -> torch.Tensor:
-        """Return the advantages (N,) of this process's pictures, compared with those of all processes."""
+    def _advantages(
+        self, rewards: torch.Tensor, groups: torch.Tensor, prompts: list[str], images: list, sources: list
+    ) -> torch.Tensor:
+        """Return the advantages (N,) of this process's pictures, compared with those of all processes.
+
+        Args:
+            rewards: (N, R).
+            groups: (N,), which of the process's groups each belongs to.
+            prompts, images, sources: N each, for the sheet; a source may be None.
+        """
         args = self.args
-        samples = [rows[i] for i in groups.tolist()]
-        prompts, columns = [sample["prompt"] for sample in samples], columns_of(samples)
-        scores = asyncio.run(score(self.reward_funcs, prompts, images, columns))
+        scores = looked_through(self.reward_funcs, rewards)
         for warning in scores.warnings:
             sys.stderr.write(f"step {self.state.global_step}: {warning}\n")
         rewards = self.accelerator.gather(scores.rewards.float().to(args.device)).cpu()
-        numbers = self.accelerator.gather((groups + args.process_index * len(rows)).to(args.device)).cpu()
+        numbers = self.accelerator.gather(
+            (groups + args.process_index * (int(groups.max()) + 1)).to(args.device)
+        ).cpu()
         weights = None if args.reward_weights is None else torch.tensor(args.reward_weights)
         found = advantages(
             rewards, numbers, weights, args.scale_rewards, args.multi_objective_aggregation, args.advantage_clip
@@ -259,7 +269,7 @@ class FlowGRPOTrainer(KontextTrainer):
         start = args.process_index * len(groups)
         step, every = self.state.global_step, args.preview_steps
         if args.log_completions and every and step % every == 0 and self.is_world_process_zero():
-            sheet = _best_and_worst(found.rewards[: len(groups)], prompts, images, columns["source_image"])
+            sheet = _best_and_worst(found.rewards[: len(groups)], prompts, images, sources)
             folder = Path(args.output_dir) / "completions"
             folder.mkdir(parents=True, exist_ok=True)
             save_sheet(sheet, folder / f"step_{step:06d}.png")

@@ -11,6 +11,7 @@ from .data.sources import open_source
 from .flow_grpo_config import FlowGRPOConfig
 from .flow_grpo_trainer import FlowGRPOTrainer
 from .micro.rows import MicroTasks
+from .micro.tasks import EDIT_KINDS, T2I_KINDS
 from .rewards.registry import RewardArguments
 from .script import (
     MICRO,
@@ -37,6 +38,13 @@ class GRPOArguments(RewardArguments, ScriptArguments):
     )
     num_prompts: int = field(default=1200, metadata={"help": "Micro world: prompts of a pass, new ones in each."})
     num_edits: int = field(default=1200, metadata={"help": "Micro world: edits of a pass, new ones in each."})
+    prompt_kinds: list[str] = field(
+        default_factory=lambda: list(T2I_KINDS),
+        metadata={"help": "Micro world: kinds of prompts, in turn; one that is named twice comes twice as often."},
+    )
+    edit_kinds: list[str] = field(
+        default_factory=lambda: list(EDIT_KINDS), metadata={"help": "Micro world: kinds of edits, likewise."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +83,8 @@ def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig
     """
     if names == [MICRO]:
         check_micro(pipeline)
-        return MicroTasks(script_args.num_prompts, script_args.num_edits)
+        counts = script_args.num_prompts, script_args.num_edits
+        return MicroTasks(*counts, script_args.prompt_kinds, script_args.edit_kinds)
     sources, buckets = open_data(names, script_args, pipeline, partial(open_source, needs_target=False))
     return measured_rows(PromptDataset, sources, buckets, script_args.max_broken, args, alone=alone)
 
@@ -92,6 +101,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "dataset_name": script_args.dataset_name,
         "rows": len(rows),
         "edit_ratio": args.edit_ratio,
+        "kinds": [script_args.prompt_kinds, script_args.edit_kinds],
         "reward_funcs": script_args.reward_funcs,
         "estimator": args.estimator,
         "old_policy": args.old_policy,

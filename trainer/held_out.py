@@ -13,7 +13,7 @@ from PIL import Image
 from .data.prompts import PromptDataset
 from .micro.evaluate import evaluate
 from .micro.sheet import result_sheet
-from .rewards import RewardFunction, columns_of, score
+from .rewards import RewardFunction, ask_all, columns_of
 from .sheets import Cell, contact_sheet, stack
 
 TASKS = ("t2i", "edit")
@@ -109,7 +109,7 @@ def reward_held_out(
             samples = [rows[i] for i in indices]
             images = _draw(pipeline, samples, seed, batch_size, sampling)
             columns = columns_of(samples)
-            scores = asyncio.run(score(rewards, [s["prompt"] for s in samples], images, columns)).rewards
+            scores = asyncio.run(ask_all(rewards, [s["prompt"] for s in samples], images, columns))
             share = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64).expand_as(scores)
             applies = ~scores.isnan()
             soft = ((scores.nan_to_num() * share).sum(1) / (applies * share.abs()).sum(1)).numpy()
@@ -156,6 +156,5 @@ def _sheet(samples: list[dict], images: list[Image.Image], strict: np.ndarray, l
     cells = []
     for sample, image, passed in list(zip(samples, images, strict, strict=True))[:limit]:
         shown = [sample["source_image"], image] if "source_image" in sample else [image]
-        small = [picture.resize((_THUMBNAIL, _THUMBNAIL)) for picture in shown]
-        cells.append(Cell(sample["prompt"], small, None if math.isnan(passed) else bool(passed)))
-    return contact_sheet(cells, columns=6 if len(cells[0].images) == 1 else 3, scale=1)
+        cells.append(Cell(sample["prompt"], shown, None if math.isnan(passed) else bool(passed)))
+    return contact_sheet(cells, columns=6 if len(cells[0].images) == 1 else 3, edge=_THUMBNAIL)

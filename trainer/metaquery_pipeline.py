@@ -154,9 +154,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 raise InputError(
                     f"model {folder}", found=f"no {name} folder", expected=f"{name}/, a UniPic2-MetaQuery model"
                 )
-        for name in ("transformer", "vae"):
-            if name not in given:
-                check_component(folder, name)
+        if "vae" not in given:
+            check_component(folder, "vae")
 
         def type_of(name: str) -> torch.dtype | None:
             return types.get(name, types.get("default")) if isinstance(types, dict) else types
@@ -171,9 +170,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             parts |= load_vlm(source, type_of("text_encoder"), tuple(n for n in VLM_PARTS if n not in parts))
         try:
             if "transformer" not in parts:
-                parts["transformer"] = SD3Transformer2DKontextModel.from_pretrained(
-                    folder, subfolder="transformer", use_safetensors=True, torch_dtype=type_of("transformer")
-                )
+                parts["transformer"] = load_transformer(folder, type_of("transformer"))
             if "vae" not in parts:
                 vae = component_dir(folder, "vae")
                 tiny = read_json(vae / "config.json", "the VAE's settings").get("_class_name")
@@ -312,6 +309,22 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
 def is_metaquery(folder: Path) -> bool:
     """Whether a pipeline's folder is one of MetaQuery."""
     return (folder / "conditioner").is_dir()
+
+
+def load_transformer(folder: Path, dtype: torch.dtype | None) -> SD3Transformer2DKontextModel:
+    """Load the transformer of a pipeline's folder.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    check_component(folder, "transformer")
+    try:
+        return SD3Transformer2DKontextModel.from_pretrained(
+            folder, subfolder="transformer", use_safetensors=True, torch_dtype=dtype
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # its config disagrees with its weights
+        found = " ".join(str(error).split())[:600]
+        raise InputError(f"model {folder}", found=found, expected="a transformer that fits its config") from error
 
 
 def vlm_folder(folder: Path | None, name: str | Path | None) -> Path:

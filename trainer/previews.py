@@ -68,9 +68,8 @@ def pair_previews(dataset: PairDataset | CachedPairs | StreamedPairs, args: Kont
                 guidance_scale=args.preview_guidance_scale,
                 generator=torch.Generator().manual_seed(_SEED + i),
             ).images[0]
-            shown = [image] if source is None else [source, image]
-            cells.append(Cell(prompt, [ImageOps.pad(picture, (edge, edge), color="white") for picture in shown]))
-        return contact_sheet(cells, columns=each, scale=1)
+            cells.append(Cell(prompt, [image] if source is None else [source, image]))
+        return contact_sheet(cells, columns=each, edge=edge)
 
     return preview
 

@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..core.errors import InputError
 from ..core.files import write_file
@@ -22,14 +22,16 @@ class Cell:
     caption: str
     """Words under the pictures."""
     images: list[Image.Image]
-    """One picture, or source and result side by side; all square and of one size."""
+    """One picture, or source and results side by side, of any shapes."""
     passed: bool | None = None
     """Green or red frame; None for no verdict."""
 
 
-def contact_sheet(cells: list[Cell], columns: int = 8, scale: int = 2) -> Image.Image:
-    """Return a sheet of cells, row by row; every cell is as wide as the widest. `scale` enlarges the pictures."""
-    edge = cells[0].images[0].width * scale
+def contact_sheet(cells: list[Cell], columns: int = 8, edge: int = 128) -> Image.Image:
+    """Return a sheet of cells, row by row; every cell is as wide as the widest.
+
+    Pictures are shown in squares of `edge` pixels; small ones are enlarged pixel by pixel.
+    """
     width = max(len(c.images) for c in cells) * (edge + 2) + 2 * _PAD
     height = edge + _LINES * _LINE + 2 * _PAD + 4
     rows = -(-len(cells) // columns)
@@ -44,7 +46,8 @@ def _draw_cell(sheet: Image.Image, cell: Cell, left: int, top: int, edge: int, w
     frame = {True: (40, 160, 70), False: (210, 40, 40), None: (190, 190, 190)}[cell.passed]
     x = left + _PAD
     for image in cell.images:
-        sheet.paste(image.resize((edge, edge), Image.Resampling.NEAREST), (x, top + _PAD))
+        method = Image.Resampling.NEAREST if max(image.size) < edge else Image.Resampling.LANCZOS
+        sheet.paste(ImageOps.pad(image, (edge, edge), method, color="white"), (x, top + _PAD))
         draw.rectangle([x - 1, top + _PAD - 1, x + edge, top + _PAD + edge], outline=frame, width=2)
         x += edge + 2
     font = ImageFont.load_default(size=9)

@@ -9,6 +9,7 @@ The tests beside this file compare them with the trainer's models; nothing is ju
 import asyncio
 import copy
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -257,6 +258,15 @@ def lora(model, editing):
     case = "96x64x1"
     outputs["lora.behind"] = predict(apply(editing), case, reference=True)
     outputs["lora.before"] = predict(node("UniPic2EnableEditing", model=apply(model))[0], case, reference=True)
+    known = next(key for key in file if "transformer_blocks.0." in key and key.endswith(".lora_A.weight"))
+    file |= {known.replace("transformer_blocks.0.", "transformer_blocks.99."): file[known]}
+    told = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    outputs["lora.unknown"] = predict(apply(editing), case, reference=True)
+    logging.getLogger().removeHandler(handler)
+    report["lora_unknown"] = told
 
 
 def single_file():

@@ -78,6 +78,12 @@ def test_an_exported_lora_through_the_stock_loader(comfyui, lora, inputs, order)
     assert difference(expected, comfyui[0]["forward.96x64x1.edit"]) > 1e-3
 
 
+def test_a_lora_with_unknown_keys_is_reported(comfyui):
+    """ComfyUI names what it could not place, and loads the rest."""
+    assert any("not loaded" in line and "transformer_blocks.99." in line for line in comfyui[1]["lora_unknown"])
+    assert difference(comfyui[0]["lora.unknown"], comfyui[0]["lora.behind"]) == 0
+
+
 def test_a_clone_with_another_model_runs_that_model(comfyui):
     tensors, report = comfyui
     assert report["clone_runs_its_own_model"]

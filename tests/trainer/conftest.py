@@ -17,6 +17,8 @@ from unipic2.trainer.micro.codec import initialize, sample_scenes, to_pixels
 from unipic2.trainer.micro.vlm import build_vlm, build_vlm_tokenizer
 from unipic2.trainer.micro.world import render
 
+from .judge_server import Server
+
 QWEN_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
 QWEN_TEXT |= {"num_key_value_heads": 1}
 QWEN_VISION = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 1, "fullatt_block_indexes": [1]}
@@ -47,6 +49,15 @@ def randomise_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         center = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
         parameter.copy_(center + std * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture
+def server():
+    """Return a chat endpoint whose `behave` a test sets."""
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,27 @@
 """Benchmarks: drawing that goes on, scores of anybody's pictures, pages, and comparisons worked out by hand."""
 
+import copy as copy_module
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from unipic2.core.errors import InputError
+from unipic2.trainer.adapters import lora_config, prepare, save_lora
 from unipic2.trainer.cli import main
 from unipic2.trainer.evaluation.compare import compare, table
+from unipic2.trainer.evaluation.figures import mean_interval
 from unipic2.trainer.evaluation.items import digest
 from unipic2.trainer.evaluation.micro import micro_benchmark
-from unipic2.trainer.evaluation.run import mean_interval, score
+from unipic2.trainer.evaluation.run import score
 from unipic2.trainer.micro.evaluate import draw, eval_edit_tasks, eval_t2i_tasks
 from unipic2.trainer.micro.world import render
 
@@ -81,7 +90,9 @@ def test_results_say_what_was_run(drawn, model):
     assert results["prompts"] == digest(micro_benchmark(COUNT, 1234).items)
     assert re.fullmatch("[0-9a-f]{64}", results["weights"])
     assert len(results["items"]) == 2 * COUNT
-    assert results["overall"] == pytest.approx((results["t2i"]["strict"] + results["edit"]["strict"]) / 2)
+    assert results["overall"] == pytest.approx(
+        (results["tasks"]["t2i"]["strict"] + results["tasks"]["edit"]["strict"]) / 2
+    )
 
 
 def test_a_stopped_run_goes_on(copy, model, drawn):
@@ -118,9 +129,9 @@ def test_drawing_and_scoring_apart(model, tmp_path):
 
 def test_anybodys_pictures_are_scored(right):
     results = evaluate("no model", right, "--only", "score")
-    assert results["t2i"]["strict"] == results["edit"]["strict"] == results["overall"] == 1.0
-    assert results["t2i"]["interval"] == [1.0, 1.0]
-    assert {kind["n"] for kind in results["edit"]["kinds"].values()} == {1}
+    assert results["tasks"]["t2i"]["strict"] == results["tasks"]["edit"]["strict"] == results["overall"] == 1.0
+    assert results["tasks"]["t2i"]["interval"] == [1.0, 1.0]
+    assert {kind["n"] for kind in results["tasks"]["edit"]["kinds"].values()} == {1}
     assert not any(item["notes"] for item in results["items"])
     assert "model" not in results
 
@@ -134,8 +145,8 @@ def test_missing_and_broken_pictures_are_counted(right):
     assert not (right / "results.json").exists()
     results = evaluate("no model", right, "--only", "score", "--min-coverage", 0.7)
     missing, broken = ["t2i-0000"], ["t2i-0001", "edit-0002"]
-    assert results["coverage"] == {"expected": 12, "judged": 9, "missing": missing, "broken": broken}
-    assert results["t2i"]["n"] == 4 and results["edit"]["n"] == 5
+    assert results["coverage"] == {"expected": 12, "judged": 9, "missing": missing, "broken": broken, "unjudged": []}
+    assert results["tasks"]["t2i"]["n"] == 4 and results["tasks"]["edit"]["n"] == 5
     page = (right / "index.html").read_text()
     assert "9 of 12 pictures were judged" in page
 
@@ -162,15 +173,17 @@ def test_prompts_cannot_write_into_the_page(right):
     results["items"][0] |= {"prompt": "<script>alert(1)</script>", "notes": ["<b>"]}
     from unipic2.trainer.evaluation.page import write_page
 
-    page = write_page(right, results).read_text()
+    page = write_page(right, results, []).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "not &lt;b&gt;" in page
 
 
 def write_results(folder, strict: dict[str, float], **other):
-    items = [{"id": k, "task": "t2i", "kind": k[0], "prompt": k, "strict": v, "soft": v, "notes": []}
-             for k, v in strict.items()]  # fmt: skip
+    same = {"task": "t2i", "seed": 0, "group": "", "notes": []}
+    items = [{**same, "id": k, "kind": k[0], "prompt": k, "strict": v, "soft": v} for k, v in strict.items()]
+    results = {"benchmark": "micro", "prompts": "p", "measures": ["strict", "soft"], "passing": 1, "items": items}
+    results["mean_of_kinds"] = False
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({"benchmark": "micro", "prompts": "p", "items": items, **other}))
+    (folder / "results.json").write_text(json.dumps({**results, **other}))
     return folder
 
 
@@ -179,21 +192,32 @@ def test_a_comparison_by_hand(tmp_path):
     second = write_results(tmp_path / "b", {"x1": 1, "x2": 1, "y1": 1, "y2": 0})
     found = compare([first, second])["tasks"]
     assert list(found) == ["t2i", "t2i: x", "t2i: y"]
-    assert [entry["strict"] for entry in found["t2i"]] == [0.5, 0.75]
+    assert [entry["mean"] for entry in found["t2i"]] == [0.5, 0.75]
     assert found["t2i"][0]["difference"] is None
     assert found["t2i"][1]["difference"] == 0.25  # of 1, 0, 1, -1
-    deviation = np.std([1, 0, 1, -1], ddof=1) / 2
-    np.testing.assert_allclose(
-        found["t2i"][1]["interval"], [0.25 - 1.96 * deviation, 0.25 + 1.96 * deviation], atol=1e-3
-    )
+    assert found["t2i"][1]["interval"] == mean_interval(alone(1, 0, 1, -1))
     assert "| **t2i** | 0.500 | 0.750 (+0.250, " in table(compare([first, second]))
+
+
+def test_a_comparison_is_of_the_benchmarks_own_mean(tmp_path):
+    """Kinds that weigh the same, of different size; the pictures of a prompt are drawn anew together."""
+    first = write_results(tmp_path / "a", {"x1": 0, "x2": 0, "x3": 0, "y1": 0}, mean_of_kinds=True)
+    second = write_results(tmp_path / "b", {"x1": 1, "x2": 1, "x3": 0, "y1": 0}, mean_of_kinds=True)
+    for folder in (first, second):
+        results = json.loads((folder / "results.json").read_text())
+        for item in results["items"]:
+            item["group"] = "all" if item["kind"] == "x" else ""
+        (folder / "results.json").write_text(json.dumps(results))
+    entry = compare([first, second])["tasks"]["t2i"][1]
+    assert entry["mean"] == entry["difference"] == pytest.approx(1 / 3, abs=1e-4)
+    assert entry["interval"] == [pytest.approx(1 / 3, abs=1e-4)] * 2, "one group of each kind: nothing is drawn anew"
 
 
 def test_only_what_all_have_is_compared(tmp_path):
     first = write_results(tmp_path / "a", {"x1": 1, "x2": 0, "x3": 1})
     second = write_results(tmp_path / "b", {"x1": 0, "x2": 1})
     entries = compare([first, second])["tasks"]["t2i"]
-    assert [entry["n"] for entry in entries] == [2, 2] and entries[0]["strict"] == 0.5
+    assert [entry["n"] for entry in entries] == [2, 2] and entries[0]["mean"] == 0.5
 
 
 def test_what_cannot_be_compared(tmp_path):
@@ -204,7 +228,7 @@ def test_what_cannot_be_compared(tmp_path):
         compare([first, write_results(tmp_path / "c", {"y1": 1})])
     with pytest.raises(InputError, match="found no results.json.*Score it first"):
         compare([first, tmp_path])
-    with pytest.raises(InputError, match="compare: found one folder"):
+    with pytest.raises(InputError, match="compare: found one folder or model"):
         main(["compare", str(first)])
 
 
@@ -217,8 +241,114 @@ def test_the_compare_command(drawn, right, tmp_path, capsys):
     assert json.loads((tmp_path / "out/comparison.json").read_text())["folders"] == [str(drawn), str(right)]
 
 
+def alone(*values: float) -> np.ndarray:
+    return np.array([(value, 1) for value in values], float)
+
+
 def test_intervals_of_means():
-    assert mean_interval(np.ones(5)) == [1.0, 1.0] and mean_interval(np.zeros(1)) == [0.0, 0.0]
-    low, high = mean_interval(np.array([0.0, 1.0] * 200))
+    assert mean_interval(alone(*[1] * 5)) == [1.0, 1.0] and mean_interval(alone(0)) == [0.0, 0.0]
+    halves = alone(*[0, 1] * 200)
+    low, high = mean_interval(halves)
     assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
-    assert [low, high] == mean_interval(np.array([0.0, 1.0] * 200))
+    assert [low, high] == mean_interval(halves)
+
+
+def test_intervals_draw_whole_groups():
+    """400 pictures of which each four are alike tell no more than 100."""
+    low, high = mean_interval(np.array([(4, 4), (0, 4)] * 50, float))
+    assert low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
+
+
+def test_intervals_of_means_over_kinds():
+    """One kind of 10 weighs as much as one of 1000; a kind without any spread only shifts."""
+    small, large, fixed = alone(*[0, 1] * 5), alone(*[0, 1] * 500), alone(*[1] * 7)
+    low, high = mean_interval(small, large)
+    half = 1.96 / 2 * np.sqrt(0.25 / 10 + 0.25 / 1000)
+    assert low == pytest.approx(0.5 - half, abs=0.02) and high == pytest.approx(0.5 + half, abs=0.02)
+    low, high = mean_interval(small, fixed)
+    half = 1.96 / 2 * np.sqrt(0.25 / 10)
+    assert low == pytest.approx(0.75 - half, abs=0.04) and high == pytest.approx(0.75 + half, abs=0.04)
+
+
+def test_two_processes_draw_what_one_draws(model, drawn, tmp_path):
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "unipic2.cli", "eval", "micro", "--model", str(model), "--out", str(out), "--n", str(COUNT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--steps", "1"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in (drawn / "images").iterdir():
+        one, two = (np.asarray(Image.open(folder / "images" / path.name), int) for folder in (drawn, out))
+        assert np.abs(one - two).max() <= 1
+    results = [json.loads((folder / "results.json").read_text()) for folder in (drawn, out)]
+    assert results[0]["prompts"] == results[1]["prompts"] and len(results[1]["items"]) == 2 * COUNT
+
+
+def test_a_lora_on_top(model, pipeline, drawn, tmp_path):
+    adapted = copy_module.deepcopy(pipeline)
+    prepare(adapted.transformer, "full", lora_config(4, 8, 0.0, ["attention"]), seed=0)
+    with torch.no_grad():
+        for name, parameter in adapted.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    save_lora(adapted, tmp_path / "lora")
+    results = evaluate(model, tmp_path / "out", "--lora", tmp_path / "lora")
+    before = json.loads((drawn / "results.json").read_text())
+    assert results["lora"] == str(tmp_path / "lora") and results["weights"] != before["weights"]
+    with torch.no_grad():
+        expected = adapted(
+            [item["prompt"] for item in results["items"][:1]], width=64, height=64, num_inference_steps=1,
+            guidance_scale=1.5, generator=[torch.Generator().manual_seed(1234)],
+        ).images[0]  # fmt: skip
+    found = np.asarray(Image.open(tmp_path / "out/images/t2i-0000.png"), int)
+    assert np.abs(found - np.asarray(expected, int)).max() <= 1
+    assert np.abs(found - np.asarray(Image.open(drawn / "images/t2i-0000.png"), int)).max() > 1
+    shutil.copy(tmp_path / "lora/pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
+    tensors = {f"unet.{key}": tensor for key, tensor in load_file(tmp_path / "x.safetensors").items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="--lora .*found nothing for this transformer"):
+        evaluate(model, tmp_path / "none", "--lora", tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="--lora .*found no such file.*training exported"):
+        evaluate(model, tmp_path / "none", "--lora", tmp_path / "nothing.safetensors")
+
+
+def test_through_another_models_connector(make_metaquery_pipeline, tmp_path):
+    first, second = make_metaquery_pipeline(), make_metaquery_pipeline()
+    with torch.no_grad():
+        for parameter in second.transformer.parameters():
+            parameter.mul_(1.05)
+    for name, made in (("first", first), ("second", second)):
+        made.save_pretrained(tmp_path / name)
+    found = evaluate(tmp_path / "second", tmp_path / "out", "--metaquery", tmp_path / "first")
+    assert found["metaquery"] == str(tmp_path / "first") and found["model"] == str(tmp_path / "second")
+    evaluate(tmp_path / "second", tmp_path / "own")  # the same connector and language model
+    for path in (tmp_path / "own/images").iterdir():
+        assert path.read_bytes() == (tmp_path / "out/images" / path.name).read_bytes()
+
+
+def test_models_by_name_are_drawn_and_compared(model, tmp_path, capsys):
+    other = shutil.copytree(model, tmp_path / "other")
+    command = ["compare", str(model), str(other), "--out", str(tmp_path / "out"), "--n", "2", "--steps", "1"]
+    assert main(command) == 0
+    assert "| | " in capsys.readouterr().out and (tmp_path / "out/comparison.png").is_file()
+    folders = json.loads((tmp_path / "out/comparison.json").read_text())["folders"]
+    assert all((tmp_path / "out") in Path(folder).parents for folder in folders) and len(set(folders)) == 2
+    with pytest.raises(InputError, match="found a model, expected --out too"):
+        main(["compare", str(model), str(other)])
+    with pytest.raises(InputError, match="compare .*typo: found no such folder"):
+        main(["compare", str(model), str(tmp_path / "typo"), "--out", str(tmp_path / "out")])
+
+
+def test_a_model_is_drawn_like_the_folder_beside_it(model, drawn, right, tmp_path):
+    out = tmp_path / "out"
+    assert main(["compare", str(drawn), str(model), "--out", str(out)]) == 0
+    (folder,) = (path for path in out.iterdir() if path.is_dir())
+    found, before = (json.loads((path / "run.json").read_text()) for path in (folder, drawn))
+    assert (found["n"], found["sampling"]) == (before["n"], before["sampling"]) == (COUNT, before["sampling"])
+    results = json.loads((drawn / "results.json").read_text())
+    other = tmp_path / "geneval"
+    other.mkdir()
+    (other / "results.json").write_text(json.dumps({**results, "benchmark": "geneval"}))
+    with pytest.raises(InputError, match="geneval: found geneval, expected results of the micro benchmark"):
+        main(["compare", str(other), str(model), "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

@@ -1,5 +1,9 @@
 """Online reinforcement learning on very small models: groups, ratios, rewards, KL, resumption."""
 
+import asyncio
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +56,60 @@ def differences(left, right):
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# Rewards
+
+
+def test_coroutines_are_asked_while_the_next_pictures_are_drawn(make_trainer, monkeypatch):
+    decoded, asked, whole = [], [], []
+    decode = FlowGRPOTrainer._decode
+
+    def noted(self, latents):
+        decoded.append(len(latents))
+        return decode(self, latents)
+
+    async def patient(prompts, images, **columns):
+        """Wait until more is drawn than what is asked about; were that only drawn later, it would end in vain."""
+        asked.append(len(prompts))
+        generation = (sum(asked) - 1) // 12
+        deadline = time.monotonic() + 20
+        while sum(asked) % 12 and sum(decoded) <= 12 * generation + sum(asked) % 12:
+            assert time.monotonic() < deadline, "nothing is drawn while rewards are found out"
+            await asyncio.sleep(0.005)
+        assert not torch.is_grad_enabled() and threading.current_thread().name == "rewards"
+        assert all(len({prompts[i + k] for k in range(3)}) == 1 for i in range(0, len(prompts), 3)), "whole groups"
+        return redness(prompts, images)
+
+    def plain(prompts, images, **columns):
+        whole.append(len(prompts))
+        assert threading.current_thread() is threading.main_thread()
+        return [None if i % 2 else 1.0 * i for i in range(len(prompts))]
+
+    monkeypatch.setattr(FlowGRPOTrainer, "_decode", noted)
+    # Parts of 4 and groups of 3: a part ends inside a group.
+    settings = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "gradient_accumulation_steps": 3}
+    trainer = trained(make_trainer(reward=[plain, patient], max_steps=2, **settings))
+    assert decoded == [4] * 6 and asked == [3, 3, 6] * 2 and whole == [12, 12]
+    assert len(logged(trainer, "rewards/patient/mean")) == len(logged(trainer, "rewards/plain/mean")) == 2
+    assert logged(trainer, "rewards/plain/mean") == [5.0, 5.0], "columns are not mixed up"
+
+
+def test_a_coroutine_that_fails_ends_the_run(make_trainer):
+    async def broken(prompts, images, **columns):
+        raise KeyError("label")
+
+    with pytest.raises(InputError, match="reward broken: found KeyError: 'label'"):
+        trained(make_trainer(reward=broken))
+    assert not [thread for thread in threading.enumerate() if thread.name == "rewards"]
+
+
+def test_a_reward_that_fails_ends_the_run(make_trainer):
+    def broken(prompts, images, **columns):
+        raise KeyError("label")
+
+    with pytest.raises(InputError, match="reward broken: found KeyError: 'label'"):
+        trained(make_trainer(reward=broken))
 
 
 # Groups
@@ -351,3 +409,12 @@ def test_rows_of_the_micro_world():
     assert rows[0]["prompt"] == first["prompt"] and "source_image" not in first
     edit = rows[7]
     assert isinstance(edit["source_image"], Image.Image) and edit["kind"] == edit["task"].kind
+
+
+def test_kinds_are_drawn_as_often_as_they_are_named():
+    rows = MicroTasks(6, 2, ["counting", "counting", "position"], ["move"])
+    assert [rows[i]["kind"] for i in range(8)] == ["counting", "counting", "position"] * 2 + ["move"] * 2
+    with pytest.raises(InputError, match="prompt_kinds: found 'places'"):
+        MicroTasks(prompt_kinds=["places"])
+    with pytest.raises(InputError, match="edit_kinds: found none"):
+        MicroTasks(edit_kinds=[])

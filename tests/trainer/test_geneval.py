@@ -164,7 +164,7 @@ def clip_folder(tmp_path_factory, tokenizer):
 
 
 def test_clip_score_is_the_cosine_of_clips_own_output(clip_folder):
-    score = ClipScore(str(clip_folder))
+    score = ClipScore(Clip(str(clip_folder)))
     prompts, images = ["a red circle", "a blue square"], [Image.new("RGB", (40, 30), c) for c in ("red", "blue")]
     found = score(prompts, images, source_image=[None, None])
     clip = Clip(str(clip_folder))

@@ -2,27 +2,34 @@
 
 import asyncio
 import json
-import threading
+import math
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from unipic2.core.errors import InputError
 from unipic2.trainer.micro.tasks import sample_edit, sample_t2i
 from unipic2.trainer.micro.world import render
-from unipic2.trainer.rewards import score
+from unipic2.trainer.rewards import ask_all, looked_through
+from unipic2.trainer.rewards.aesthetic import AestheticScore
+from unipic2.trainer.rewards.digit_judge import EditDigitJudge
 from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft, micro_strict
+from unipic2.trainer.rewards.ocr import OcrReward, text_asked
 from unipic2.trainer.rewards.preservation import preservation
+from unipic2.trainer.rewards.registry import RewardArguments
+
+from .judge_server import completion, good
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 def ask(functions, count=2, **columns):
-    return asyncio.run(score(functions, ["p"] * count, [PICTURE] * count, columns))
+    return looked_through(functions, asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns)))
 
 
 # Any function
@@ -85,69 +92,6 @@ def test_the_micro_rewards():
 # The judge
 
 
-class Server:
-    """A chat endpoint that answers as `behave(number of the request, request)` says: (status, body) or seconds."""
-
-    def __init__(self):
-        self.requests, self.paths, self.headers, self.behave = [], [], [], lambda number, request: good(8, 9)
-        self.at_a_time = self.most_at_a_time = 0
-        lock, outer = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    number = len(outer.requests)
-                    outer.requests.append(request)
-                    outer.paths.append(self.path)
-                    outer.headers.append(dict(self.headers))
-                    outer.at_a_time += 1
-                    outer.most_at_a_time = max(outer.most_at_a_time, outer.at_a_time)
-                try:
-                    self.answer(outer.behave(number, request))
-                except OSError:
-                    pass  # who asked has gone
-                finally:
-                    with lock:
-                        outer.at_a_time -= 1
-
-            def answer(self, what):
-                if what == "closed":
-                    self.connection.close()
-                    return
-                if isinstance(what, float):
-                    time.sleep(what)
-                    what = good(8, 9)
-                status, body = what
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-
-def completion(text):
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
-def good(*scores):
-    return completion(f'Here it is: {{"scores": {list(scores)}, "reason": "so"}}')
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
 def judged(server, count=1, source=PICTURE, **options):
     judge = EditJudge(server.url, "qwen", **{"backoff": 0.01, "timeout": 2.0, **options})
     prompts, images = [f"make it {i}" for i in range(count)], [PICTURE] * count
@@ -157,7 +101,7 @@ def judged(server, count=1, source=PICTURE, **options):
 def test_what_is_asked_and_what_is_made_of_the_answers(server):
     server.behave = lambda number, request: good(4, 9) if len(request["messages"][0]["content"]) == 3 else good(10, 9)
     values, judge = judged(server, api_key="secret")
-    assert values == [pytest.approx((0.4 * 0.9) ** 0.5)] and not judge.failures
+    assert values == [pytest.approx((0.4 * 0.9) ** 0.5)] and not judge.endpoint.failures
     assert set(server.paths) == {"/v1/chat/completions"} and len(server.requests) == 2
     assert all(h["Authorization"] == "Bearer secret" for h in server.headers)
     success = next(r for r in server.requests if len(r["messages"][0]["content"]) == 3)
@@ -184,7 +128,7 @@ def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer,
     server.behave = lambda number, request: answer
     values, judge = judged(server, max_retries=1, timeout=0.3)
     assert values == [None] and len(server.requests) == 4, "two questions, each asked twice"
-    ((found, count),) = judge.failures.items()
+    ((found, count),) = judge.endpoint.failures.items()
     assert found.startswith(reason) and count == 2
 
 
@@ -194,27 +138,26 @@ def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer,
         ((404, b"no such model"), "status 404"),
         ((200, b"<html>"), "no chat completion"),
         ((200, b"{}"), "no chat completion"),
-        (completion("nine of ten"), "no JSON with scores"),
-        (completion('{"scores": [1, 2'), "no JSON with scores"),
-        (completion('{"score": [1, 2]}'), "no JSON with scores"),
+        (completion("nine of ten"), "no scores"),
+        (completion('{"scores": [1, 2'), "no scores"),
         (completion('{"scores": [NaN, 5]}'), "scores outside 0 to 10"),
         (completion('{"scores": [11, 5]}'), "scores outside 0 to 10"),
         (completion('{"scores": [true, "5"]}'), "scores outside 0 to 10"),
         (completion('{"scores": [5]}'), "another number of scores than 2"),
-        (completion(None), "no JSON with scores"),
+        (completion(None), "no scores"),
     ],
 )
 def test_every_answer_that_cannot_be_used_is_counted(server, answer, reason):
     """It is not asked for again, and does not count against the server."""
     server.behave = lambda number, request: answer
     values, judge = judged(server, 3, max_retries=2, max_failures=1)
-    assert values == [None] * 3 and len(server.requests) == 6 and judge.failures == {reason: 6}
+    assert values == [None] * 3 and len(server.requests) == 6 and judge.endpoint.failures == {reason: 6}
 
 
 def test_one_bad_answer_is_mended_by_asking_again(server):
     server.behave = lambda number, request: (503, b"") if number < 2 else good(10, 10)
     values, judge = judged(server)
-    assert values == [1.0] and not judge.failures and len(server.requests) == 4
+    assert values == [1.0] and not judge.endpoint.failures and len(server.requests) == 4
 
 
 def test_one_failure_does_not_touch_the_others(server):
@@ -223,7 +166,7 @@ def test_one_failure_does_not_touch_the_others(server):
 
     server.behave = behave
     values, judge = judged(server, 3, max_retries=0)
-    assert values == [1.0, None, 1.0] and sum(judge.failures.values()) == 1
+    assert values == [1.0, None, 1.0] and sum(judge.endpoint.failures.values()) == 1
 
 
 def test_requests_at_a_time_are_limited(server):
@@ -236,8 +179,8 @@ def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server, capsys):
     server.behave = lambda number, request: (500, b"")
     values, judge = judged(server, 10, max_retries=0, concurrency=1, max_failures=3, cooldown=0.4)
     assert values == [None] * 10 and len(server.requests) == 3
-    assert judge.failures == {"status 500": 3, "server left alone": 17}
-    told = "20 questions without an answer (server left alone 17, status 500 3)"
+    assert judge.endpoint.failures == {"status 500": 3, "server left alone after status 500": 17}
+    told = "20 questions without an answer (server left alone after status 500: 17, status 500: 3)"
     assert told in capsys.readouterr().err
 
     def again():
@@ -265,7 +208,7 @@ def test_waiting_for_a_retry_holds_nobody_up(server):
 def test_no_server_at_all():
     judge = EditJudge("http://127.0.0.1:9/v1", "m", max_retries=0)
     assert asyncio.run(judge(["x"], [PICTURE], source_image=[PICTURE])) == [None]
-    assert list(judge.failures) == ["connection: ConnectError"]
+    assert list(judge.endpoint.failures) == ["connection: ConnectError"]
 
 
 def test_prompts_in_files_and_settings_that_cannot_be(tmp_path):
@@ -290,3 +233,117 @@ def test_preservation_is_the_share_of_pixels_that_were_left():
     found = preservation(["p"] * 5, images, source_image=[source] * 4 + [None])
     assert found[:2] == [1.0, 0.5] and found[2] == pytest.approx(0.5) and found[3:] == [1.0, None]
     assert preservation(["p"], [source.resize((20, 20))], source_image=[source]) == [1.0]
+
+
+# The judge that answers with one digit
+
+
+def likely(**logprobs):
+    """Return an answer whose first token had these logprobs; names are the tokens, with `t` before digits."""
+    tokens = [{"token": name.lstrip("t"), "logprob": value} for name, value in logprobs.items()]
+    choice = {"message": {"content": "4"}, "logprobs": {"content": [{"token": "4", "top_logprobs": tokens}]}}
+    return 200, json.dumps({"choices": [choice]}).encode()
+
+
+def graded(server, count=1, **columns):
+    judge = EditDigitJudge(server.url, "qwen", backoff=0.01, timeout=2.0)
+    call = judge(["make it red"] * count, [PICTURE] * count, source_image=[PICTURE] * count, **columns)
+    return asyncio.run(call), judge
+
+
+def test_the_mean_of_the_digits_by_their_probabilities(server):
+    half, quarter = math.log(0.5), math.log(0.25)
+    server.behave = lambda number, request: likely(t4=half, t2=quarter, t9=quarter, The=quarter)
+    values, judge = graded(server, requirement=["The hat stays."])
+    assert values == [pytest.approx((4 * 0.5 + 2 * 0.25) / 0.75 / 5)] and not judge.endpoint.failures
+    (request,) = server.requests
+    assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
+    *pictures, text = request["messages"][0]["content"]
+    assert len(pictures) == 2 and "make it red" in text["text"] and "The hat stays." in text["text"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (completion("4"), "no logprobs"),
+        (likely(The=-0.1, t6=-2.0), "no digit from 0 to 5"),
+        (likely(The=-0.001, t5=-9.0), "no digit from 0 to 5"),
+        ((200, b'{"choices": [{"logprobs": {"content": []}}]}'), "no logprobs"),
+        ((200, b'{"choices": [3]}'), "no chat completion"),
+    ],
+)
+def test_answers_without_a_digit_are_counted(server, answer, reason):
+    server.behave = lambda number, request: answer
+    values, judge = graded(server, 2)
+    assert values == [None, None] and judge.endpoint.failures == {reason: 2}
+
+
+# Text in pictures
+
+
+def lettering(text):
+    picture = Image.new("RGB", (320, 96), "white")
+    ImageDraw.Draw(picture).text((16, 24), text, fill="black", font=ImageFont.load_default(size=36))
+    return picture
+
+
+def test_text_that_is_there_and_text_that_is_not():
+    prompts = ['a sign that says "HELLO"', 'a sign that says "HELLO"', "a sign “HELLO”", "a sign", "a shop"]
+    images = [lettering(text) for text in ("hello you", "HELP", "", "HELLO", "open")]
+    reward = OcrReward()
+    found = reward(prompts, images, source_image=[None] * 5, ocr_text=[None] * 4 + ["OPEN"])
+    assert found[0] == 1.0 and found[1] == pytest.approx(1 - 2 / 5) and found[2:] == [0.0, None, 1.0]
+    # An edit may quote what is to go.
+    edits = ['replace "SALE" with "OPEN"'] * 2
+    assert reward(edits, [images[4]] * 2, source_image=[PICTURE] * 2, ocr_text=[None, "open"]) == [None, 1.0]
+
+
+def test_text_asked_for():
+    assert text_asked('A "Big Sale" and “50 %”', None) == "bigsale50%"
+    assert text_asked("a cat", None) is None and text_asked('a "cat"', "Dog") == "dog"
+
+
+# LAION's head
+
+
+class Direction:
+    """A CLIP whose picture direction is its size."""
+
+    model = SimpleNamespace(config=SimpleNamespace(projection_dim=2))
+
+    def images(self, images):
+        return torch.tensor([image.size for image in images]).float()
+
+
+def test_the_head_is_its_layers_one_after_the_other(tmp_path):
+    layers = {
+        "layers.0.weight": [[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]], "layers.0.bias": [0.0, 1.0, 0.0],
+        "layers.10.weight": [[2.0, -1.0]], "layers.10.bias": [3.0],
+        "layers.2.weight": [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], "layers.2.bias": [0.0, -1.0],
+    }  # fmt: skip
+    save_file({name: torch.tensor(value) for name, value in layers.items()}, tmp_path / "head.safetensors")
+    score = AestheticScore(Direction(), tmp_path / "head.safetensors")
+    width, height = 3, 4
+    expected = 2 * ((width + 2 * height) + width) - (height + 1 - 1) + 3
+    assert score(["p"], [Image.new("RGB", (width, height))]) == [pytest.approx(expected / 10)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [({"x": (1, 2)}, "no layers.N.weight"), ({"layers.0.weight": (1, 3), "layers.0.bias": (1,)}, r"\(1, 3\)"),
+     ({"layers.0.weight": (4, 2), "layers.0.bias": (4,)}, r"\(4, 2\)")],
+)  # fmt: skip
+def test_heads_that_do_not_fit(tmp_path, tensors, found):
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match=f"aesthetic_head .*{found}.*from CLIP's 2 to 1"):
+        AestheticScore(Direction(), tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="aesthetic_head .*a safetensors file"):
+        AestheticScore(Direction(), tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("edit_digit_judge", "judge_base_url"), ("aesthetic", "aesthetic_head")]
+)
+def test_what_a_reward_needs_is_asked_for(name, missing):
+    with pytest.raises(InputError, match=f"{missing}: found nothing"):
+        RewardArguments(reward_funcs=[name]).check_rewards()

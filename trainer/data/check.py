@@ -5,7 +5,7 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...core.files import write_file
 from ..sheets import Cell, contact_sheet, save_sheet
@@ -142,9 +142,8 @@ def preview(sources: list[Source]) -> Image.Image | None:
             except BrokenRow:
                 continue
             pictures = [pair.target] if pair.source is None else [pair.source, pair.target]
-            thumbnails = [ImageOps.pad(p, (_THUMBNAIL, _THUMBNAIL), color="white") for p in pictures]
-            cells.append(Cell(pair.prompt, thumbnails))
-    return contact_sheet(cells, columns=4, scale=1) if cells else None
+            cells.append(Cell(pair.prompt, pictures))
+    return contact_sheet(cells, columns=4, edge=_THUMBNAIL) if cells else None
 
 
 def write_report(report: dict, sheet: Image.Image | None, folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ...core.errors import InputError
 from ...core.files import read_json
-from ..interference import paired_difference
 from ..sheets import Cell, contact_sheet
+from .figures import figures_of_kinds, grouped
+from .items import Item, Score
 from .run import RESULTS_FILE
 
 COMPARISON_FILE, SHEET_FILE = "comparison.json", "comparison.png"
@@ -25,7 +25,7 @@ def read_results(folder: Path) -> dict:
         expected = "a benchmark's folder"
         raise InputError(f"results {folder}", found=f"no {RESULTS_FILE}", expected=expected, remedy=remedy)
     results = read_json(folder / RESULTS_FILE, "a benchmark's results")
-    if not isinstance(results.get("items"), list) or "prompts" not in results:
+    if not isinstance(results.get("items"), list) or not {"prompts", "measures", "mean_of_kinds"} <= results.keys():
         expected = "results with their items"
         raise InputError(f"{folder / RESULTS_FILE}", found="none", expected=expected, remedy="Score the folder again.")
     return results
@@ -35,8 +35,9 @@ def compare(folders: list[Path]) -> dict:
     """Return the figures of all folders, and the differences of each to the first.
 
     Returns:
-        `{"folders": [name, ...], "tasks": {task or "task: kind": [{"strict", "n", "difference", "interval"}, ...]}}`;
-        differences are means over the items that all of them have, with intervals of 95 %; the first folder has None.
+        `{"folders": [name, ...], "measure": name, "tasks": {task or "task: kind": [{"mean", "n", "difference",
+        "interval"}, ...]}}`; means are over the items that all of them have, as the benchmark takes them, and
+        intervals, of 95 %, are of the differences item by item; the first folder has None.
 
     Raises:
         InputError: the folders were not asked for the same pictures, or share none.
@@ -51,25 +52,25 @@ def compare(folders: list[Path]) -> dict:
                     expected=f"{found[0].get(name)}, as in {folders[0]}",
                     remedy="Only results of the same benchmark, --n and --seed can be compared.",
                 )
-    strict = [{item["id"]: item["strict"] for item in results["items"]} for results in found]
-    items = [item for item in found[0]["items"] if all(item["id"] in of_folder for of_folder in strict)]
-    if not items:
+    measure, mean_of_kinds = found[0]["measures"][0], found[0]["mean_of_kinds"]
+    scores = [{item["id"]: item[measure] for item in results["items"]} for results in found]
+    shared = [
+        Item(item["id"], item["task"], item["kind"], item["prompt"], item["seed"], (0, 0), group=item["group"])
+        for item in found[0]["items"]
+        if all(item["id"] in of_folder for of_folder in scores)
+    ]
+    if not shared:
         raise InputError("results", found="no item that all of them have", expected="some")
-    groups: dict[str, list[str]] = {}
-    for item in items:
-        for name in (item["task"], f"{item['task']}: {item['kind']}"):
-            groups.setdefault(name, []).append(item["id"])
-    tasks = {}
-    for name, ids in sorted(groups.items(), key=lambda group: (group[0].partition(":")[0], ":" in group[0])):
-        values = [np.array([of_folder[i] for i in ids], float) for of_folder in strict]
-        tasks[name] = []
-        for number, of_folder in enumerate(values):
-            entry = {"strict": round(float(of_folder.mean()), 4), "n": len(ids), "difference": None, "interval": None}
-            if number:
-                difference, interval = paired_difference(values[0], of_folder)
-                entry |= {"difference": round(difference, 4), "interval": [round(edge, 4) for edge in interval]}
-            tasks[name].append(entry)
-    return {"folders": [str(folder) for folder in folders], "tasks": tasks}
+    tasks: dict[str, list[dict]] = {}
+    for number, own in enumerate(scores):
+        # The interval is of the first measure.
+        rows = [(item, Score((own[item.id] - scores[0][item.id], own[item.id]))) for item in shared]
+        for task, of_task in sorted(grouped(rows, lambda item: item.task).items()):
+            figures = figures_of_kinds(of_task, ("difference", "mean"), mean_of_kinds)
+            for name, entry in ((task, figures), *((f"{task}: {k}", v) for k, v in sorted(figures["kinds"].items()))):
+                entry = {key: entry[key] for key in ("mean", "n", "difference", "interval")}
+                tasks.setdefault(name, []).append(entry if number else {**entry, "difference": None, "interval": None})
+    return {"folders": [str(folder) for folder in folders], "measure": measure, "tasks": tasks}
 
 
 def table(comparison: dict) -> str:
@@ -79,7 +80,7 @@ def table(comparison: dict) -> str:
     for name, entries in comparison["tasks"].items():
         cells = []
         for entry in entries:
-            text = f"{entry['strict']:.3f}"
+            text = f"{entry['mean']:.3f}"
             if entry["difference"] is not None:
                 low, high = entry["interval"]
                 text += f" ({entry['difference']:+.3f}, {low:+.3f} to {high:+.3f})"
@@ -92,7 +93,8 @@ def table(comparison: dict) -> str:
 def comparison_sheet(folders: list[Path], limit: int = 48) -> Image.Image:
     """Return the first items of each kind, each with the pictures of all folders side by side, sources first."""
     found = [read_results(folder) for folder in folders]
-    strict = [{item["id"]: item["strict"] for item in results["items"]} for results in found]
+    measure, passing = found[0]["measures"][0], found[0]["passing"]
+    passed = [{item["id"]: item[measure] >= passing for item in results["items"]} for results in found]
     taken: dict[tuple[str, str], int] = {}
     cells, kinds = [], {(item["task"], item["kind"]) for item in found[0]["items"]}
     for item in found[0]["items"]:
@@ -106,6 +108,6 @@ def comparison_sheet(folders: list[Path], limit: int = 48) -> Image.Image:
         for path in [*([source] if source.is_file() else []), *paths]:
             with Image.open(path) as image:
                 images.append(image.convert("RGB"))
-        marks = "".join("+" if of_folder.get(item["id"]) == 1 else "-" for of_folder in strict)
+        marks = "".join("+" if of_folder.get(item["id"]) else "-" for of_folder in passed)
         cells.append(Cell(f"{marks} {item['prompt']}", images))
     return contact_sheet(cells, max(1, 12 // max(len(cell.images) for cell in cells)))

@@ -106,7 +106,9 @@ def geneval_benchmark(
         exact: see `verdict`.
     """
     items = [
-        Item(f"{i:05d}-{k}", row["tag"], row["tag"], row["prompt"], seed + samples * i + k, None, row)
+        Item(
+            f"{i:05d}-{k}", row["tag"], row["tag"], row["prompt"], seed + samples * i + k, size, data=row, group=f"{i}"
+        )
         for i, row in enumerate(rows)
         for k in range(samples)
     ]
@@ -118,7 +120,7 @@ def geneval_benchmark(
         for item, image, objects in zip(items, images, judging.detector(list(images)), strict=True):
             right, wrong = verdict(objects, item.data, lambda one, image=image: judging.color_of(image, one), exact)
             clauses = len(item.data["include"]) + len(item.data["exclude"])
-            scores.append(Score(float(right), max(0.0, 1 - len(wrong) / clauses), tuple(wrong)))
+            scores.append(Score((float(right), max(0.0, 1 - len(wrong) / clauses)), tuple(wrong)))
         return scores
 
-    return Benchmark("geneval-exact" if exact else "geneval", items, judge, size)
+    return Benchmark("geneval-exact" if exact else "geneval", items, judge)

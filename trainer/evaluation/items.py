@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -22,22 +22,26 @@ class Item:
     """The words."""
     seed: int
     """Of the noise."""
-    source: Image.Image | None = None
-    """The picture to edit; None draws from text."""
+    size: tuple[int, int]
+    """(width, height) of the picture in pixels."""
+    source: Callable[[], Image.Image] | None = None
+    """Reads the picture to edit; None draws from text."""
     data: object = None
     """What the judge needs."""
+    group: str = ""
+    """Items of one group, such as the pictures of one prompt, are no independent samples; empty stands alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """What the judge says of one picture."""
 
-    strict: float
-    """1 if all that was asked is there, else 0."""
-    soft: float
-    """How much of it is there, 0 to 1."""
+    values: tuple[float, ...]
+    """One for each of the benchmark's measures."""
     notes: tuple[str, ...] = ()
     """What is wrong, in words."""
+    details: dict = field(default_factory=dict)
+    """What else belongs to the item's results, as JSON has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,22 @@ class Benchmark:
 
     name: str
     items: list[Item]
-    judge: Callable[[Sequence[Item], Sequence[Image.Image]], list[Score]]
-    """Scores of pictures, in their items' order."""
-    size: tuple[int, int]
-    """(width, height) of its pictures in pixels."""
+    judge: Callable[[Sequence[Item], Sequence[Image.Image]], list[Score | None]]
+    """Scores of pictures, in their items' order; None where one could not be judged."""
+    measures: tuple[str, ...] = ("strict", "soft")
+    """Names of what is measured; the first is what is reported."""
+    highest: float = 1.0
+    """What the first measure can reach."""
+    passing: float = 1.0
+    """Least first measure with which a picture is shown as passed."""
+    mean_of_kinds: bool = False
+    """A task's figures are the means over its kinds, not over its pictures."""
+    any_size: bool = False
+    """Pictures of other sizes than asked for are judged too."""
+    summary: Callable[[list[tuple[Item, Score]]], dict] = lambda rows: {}
+    """What the results also hold, such as `{"intersection": ...}`."""
+    about_judge: Callable[[], dict] = dict
+    """What to note of the judge once it is through."""
 
 
 def digest(items: Sequence[Item]) -> str:
@@ -58,5 +74,5 @@ def digest(items: Sequence[Item]) -> str:
     for item in items:
         found.update(json.dumps([item.id, item.task, item.kind, item.prompt, item.seed]).encode())
         if item.source is not None:
-            found.update(item.source.convert("RGB").tobytes())
+            found.update(item.source().convert("RGB").tobytes())
     return found.hexdigest()

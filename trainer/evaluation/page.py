@@ -33,35 +33,44 @@ show();
 """
 
 
-def write_page(out: Path, results: dict) -> Path:
+def write_page(out: Path, results: dict, quoted: list[dict]) -> Path:
     """Write `index.html` into a benchmark's folder; returns its path. Pictures are referred to, not copied.
 
     Args:
         out: the folder, with `images/` and perhaps `sources/`.
         results: of `run.score`.
+        quoted: published figures, of `published.quoted`.
     """
-    items = results["items"]
-    tasks = list(dict.fromkeys(item["task"] for item in items))
+    items, tasks = results["items"], results["tasks"]
+    first, *others = results["measures"]
     rows = []
-    for name in tasks:
-        for label, figures in {name: results[name], **results[name]["kinds"]}.items():
+    for name, found in tasks.items():
+        # A task of one kind, such as GenEval's, needs no second row.
+        kinds = {} if list(found["kinds"]) == [name] else found["kinds"]
+        for label, figures in [
+            (f"<b>{html.escape(name)}</b>", found),
+            *((html.escape(k), v) for k, v in kinds.items()),
+        ]:
             low, high = figures["interval"]
-            text = f"<b>{html.escape(label)}</b>" if label == name else html.escape(label)
+            cells = [f"{figures[first]:.3f} ({low:.3f} to {high:.3f})", *(f"{figures[name]:.3f}" for name in others)]
             rows.append(
-                f"<tr><td>{text}</td><td>{figures['strict']:.3f} ({low:.3f} to {high:.3f})</td>"
-                f"<td>{figures['soft']:.3f}</td><td>{figures['n']}</td></tr>"
+                f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{figures['n']}</td></tr>"
             )
     coverage = results["coverage"]
-    about = {key: results[key] for key in ("model", "weights", "prompts", "sampling", "versions") if key in results}
+    known = ("model", "lora", "metaquery", "weights", "prompts", "sampling", "versions", "judge", "coverage")
+    about = {key: results[key] for key in known if key in results}
+    about |= {key: results[key] for key in ("intersection", "categories") if key in results}
+    heads = "".join(f"<th>{name}</th>" for name in ("", f"{first} (95 %)", *others, "n"))
     content = [
         f"<!doctype html><meta charset=utf-8><title>{results['benchmark']}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(results['benchmark'])}: {results['overall']:.3f}</h1>",
-        f"<p>{coverage['judged']} of {coverage['expected']} pictures were judged.</p>",
-        "<table><tr><th></th><th>strict (95 %)</th><th>soft</th><th>n</th></tr>", *rows, "</table>",
+        f"<p>{coverage['judged']} of {coverage['expected']} pictures were judged; the highest {first} is "
+        f"{results['highest']:g}.</p>",
+        f"<table><tr>{heads}</tr>", *rows, "</table>", *_quotes(quoted),
         f"<details><summary>What was run</summary><pre>{html.escape(json.dumps(about, indent=2))}</pre></details>",
         f"<p>{_filter('task', tasks)} {_filter('kind', dict.fromkeys(item['kind'] for item in items))} "
         f"{_filter('verdict', ('passed', 'failed'))} <span id=shown></span> shown</p><div id=items>",
-        *(_figure(out, item) for item in items),
+        *(_figure(out, item, item[first] >= results["passing"]) for item in items),
         f"</div><script>{_SCRIPT}</script>",
     ]  # fmt: skip
     path = out / PAGE_FILE
@@ -69,16 +78,29 @@ def write_page(out: Path, results: dict) -> Path:
     return path
 
 
+def _quotes(quoted: list[dict]) -> list[str]:
+    """Return published figures as a table that says they are no measurements of ours."""
+    if not quoted:
+        return []
+    rows = [
+        f"<tr><td>{html.escape(row['model'])}</td><td>{row['score']:g}</td>"
+        f"<td><a href='{html.escape(row['source'])}'>{html.escape(row['source'])}</a></td></tr>"
+        for row in quoted
+    ]
+    note = "<p>Quoted from their publishers, who have their own judges and settings; not measured here:</p>"
+    return [note, "<table><tr><th>model</th><th>overall</th><th>source</th></tr>", *rows, "</table>"]
+
+
 def _filter(name: str, values) -> str:
     options = "".join(f"<option>{html.escape(value)}</option>" for value in values)
     return f"<label>{name} <select id={name}><option value=''>all</option>{options}</select></label>"
 
 
-def _figure(out: Path, item: dict) -> str:
+def _figure(out: Path, item: dict, passed: bool) -> str:
     name = html.escape(item["id"])
     has_source = (out / "sources" / f"{item['id']}.png").is_file()
     source = f"<img src='sources/{name}.png' alt='source' loading=lazy>" if has_source else ""
-    failed = " class=failed" if item["strict"] < 1 else ""
+    failed = "" if passed else " class=failed"
     notes = html.escape("; ".join(item["notes"]))
     return (
         f"<figure{failed} data-task='{html.escape(item['task'])}' data-kind='{html.escape(item['kind'])}'>{source}"

@@ -6,7 +6,6 @@ its own, so neither changes a picture beyond rounding.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,27 +13,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from ...core.errors import InputError
 from ...core.files import read_json, write_file
-from ...core.micro import component_dir
 from ...core.pictures import to_rgb
 from ..sheets import save_sheet
-from .items import Benchmark, Item, Score, digest
+from .figures import figures_of_kinds, grouped
+from .items import Benchmark, Item, digest
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.json"
 _VERSIONS = ("torch", "diffusers", "transformers")
-_PARTS = ("transformer", "vae", "conditioner", *(f"text_encoder{n}" for n in ("", "_2", "_3")))
-_RESAMPLES = 2000
+PARTS = ("transformer", "vae", "conditioner", *(f"text_encoder{n}" for n in ("", "_2", "_3")))
+"""Parts of a pipeline that have weights."""
 
 
-def model_digest(folder: Path) -> str:
-    """Return a hash of all weights of a pipeline's folder."""
+def model_digest(parts: dict[str, Path]) -> str:
+    """Return a hash of a model's weights: name -> folder of safetensors files, or one file."""
     found = hashlib.sha256()
-    for part in _PARTS:
-        for file in sorted(component_dir(folder, part).glob("*.safetensors")):
+    for part, place in sorted(parts.items()):
+        for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
             found.update(f"{part}/{file.name}".encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 24):
@@ -51,7 +49,9 @@ def _picture_path(out: Path, item: Item) -> Path:
     return out / "images" / f"{item.id}.png"
 
 
-def generate(pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: dict, batch_size: int) -> None:
+def generate(
+    pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: dict, batch_size: int, weights: str
+) -> None:
     """Draw what is missing in `out`.
 
     Args:
@@ -61,6 +61,7 @@ def generate(pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: d
         about: `model`, its name, and what the items were made from, such as `n` and `seed`; for the record.
         sampling: `num_inference_steps` and `guidance_scale`.
         batch_size: pictures drawn at once.
+        weights: hash of the model, see `model_digest`.
 
     Raises:
         InputError: `out` holds pictures of another model, or of other items or settings.
@@ -70,7 +71,7 @@ def generate(pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: d
         "benchmark": benchmark.name,
         "prompts": digest(benchmark.items),
         **about,
-        "weights": model_digest(pipeline.loaded_from),
+        "weights": weights,
         "sampling": sampling,
         "versions": {name: version(name) for name in _VERSIONS},
     }
@@ -82,26 +83,32 @@ def generate(pipeline, benchmark: Benchmark, out: Path, about: dict, sampling: d
             path = out / "sources" / f"{item.id}.png"
             if item.source is not None and not path.is_file():
                 path.parent.mkdir(exist_ok=True)
-                save_sheet(item.source, path)
+                save_sheet(resized_source(item), path)
     state.wait_for_everyone()
     missing = [item for item in benchmark.items if not _picture_path(out, item).is_file()]
     pipeline.set_progress_bar_config(disable=True)
     with state.split_between_processes(missing) as mine:
         progress = tqdm(total=len(mine), desc=f"drawing {benchmark.name}", disable=not state.is_main_process)
-        for task in dict.fromkeys(item.task for item in mine):
-            of_task = [item for item in mine if item.task == task]
-            for start in range(0, len(of_task), batch_size):
-                _draw(pipeline, of_task[start : start + batch_size], benchmark, out, sampling)
-                progress.update(len(of_task[start : start + batch_size]))
+        for kind in dict.fromkeys((item.task, item.size) for item in mine):
+            alike = [item for item in mine if (item.task, item.size) == kind]
+            for start in range(0, len(alike), batch_size):
+                _draw(pipeline, alike[start : start + batch_size], out, sampling)
+                progress.update(len(alike[start : start + batch_size]))
         progress.close()
     state.wait_for_everyone()
 
 
-def _draw(pipeline, items: list[Item], benchmark: Benchmark, out: Path, sampling: dict) -> None:
-    width, height = benchmark.size
+def resized_source(item: Item) -> Image.Image:
+    """Return an item's source picture at the size that is drawn, to be looked at."""
+    source = item.source()
+    return source if source.size == item.size else source.resize(item.size, Image.Resampling.LANCZOS)
+
+
+def _draw(pipeline, items: list[Item], out: Path, sampling: dict) -> None:
+    width, height = items[0].size
     images = pipeline(
         [item.prompt for item in items],
-        image=None if items[0].source is None else [item.source for item in items],
+        image=None if items[0].source is None else [item.source() for item in items],
         width=width,
         height=height,
         generator=[torch.Generator().manual_seed(item.seed) for item in items],
@@ -134,47 +141,70 @@ def score(benchmark: Benchmark, out: Path, min_coverage: float = 1.0) -> tuple[d
         min_coverage: share of the items that must have a picture that can be read.
 
     Returns:
-        The results: `coverage` (`expected`, `judged`, and the ids that are `missing` or `broken`), and for each task
-        `strict`, `soft`, `n`, `interval` (95 %, bootstrap) and the same for its `kinds`; `overall`, the unweighted
-        mean over the tasks; `items`. And the pictures, None where there is none.
+        The results: `coverage` (`expected`, `judged`, and the ids that are `missing`, `broken` or `unjudged`);
+        `tasks`, for each its measures, `n`, `interval` (95 % of the first measure, bootstrap) and the same for its
+        `kinds`; `overall`, the unweighted mean over the tasks; what the benchmark sums up; `judge`; `items`. And the
+        pictures, None where there is none.
 
     Raises:
         InputError: too few pictures can be judged.
     """
     images, missing, broken = _read_pictures(benchmark, out)
-    judged = [(item, image) for item, image in zip(benchmark.items, images, strict=True) if image is not None]
-    if not judged or len(judged) < min_coverage * len(images):
-        some = ", ".join([*missing, *broken][:5])
-        raise InputError(
-            f"pictures in {out / 'images'}",
-            found=f"{len(judged)} of {len(images)} (missing: {len(missing)}, broken: {len(broken)}; such as {some})",
-            expected=f"at least {min_coverage:.0%} of them",
-            remedy="Draw the others, or accept a partial score with --min-coverage.",
-        )
-    scores = benchmark.judge([item for item, _ in judged], [image for _, image in judged])
-    rows = list(zip([item for item, _ in judged], scores, strict=True))
+    drawn = [(item, image) for item, image in zip(benchmark.items, images, strict=True) if image is not None]
+    _check_coverage(out, len(drawn), len(images), min_coverage, {"missing": missing, "broken": broken})
+    scores = benchmark.judge([item for item, _ in drawn], [image for _, image in drawn])
+    about_judge = benchmark.about_judge()
+    rows = [(item, found) for (item, _), found in zip(drawn, scores, strict=True) if found is not None]
+    unjudged = [item.id for (item, _), found in zip(drawn, scores, strict=True) if found is None]
+    absent = {"missing": missing, "broken": broken, "unjudged": unjudged}
+    _check_coverage(out, len(rows), len(images), min_coverage, absent, about_judge.get("failures"))
     results: dict = {
         **read_run(out),
         "benchmark": benchmark.name,
         "prompts": digest(benchmark.items),
-        "coverage": {"expected": len(images), "judged": len(judged), "missing": missing, "broken": broken},
+        "measures": benchmark.measures,
+        "highest": benchmark.highest,
+        "passing": benchmark.passing,
+        "mean_of_kinds": benchmark.mean_of_kinds,
+        "coverage": {"expected": len(images), "judged": len(rows), **absent},
     }
-    tasks = dict.fromkeys(item.task for item, _ in rows)
-    for task in tasks:
-        of_task = [(item, found) for item, found in rows if item.task == task]
-        kinds = dict.fromkeys(item.kind for item, _ in of_task)
-        results[task] = {
-            **_figures([found for _, found in of_task]),
-            "kinds": {kind: _figures([s for item, s in of_task if item.kind == kind]) for kind in kinds},
-        }
-    results["overall"] = round(float(np.mean([results[task]["strict"] for task in tasks])), 4)
+    tasks = {
+        task: figures_of_kinds(of_task, benchmark.measures, benchmark.mean_of_kinds)
+        for task, of_task in grouped(rows, lambda item: item.task).items()
+    }
+    results["tasks"] = tasks
+    results["overall"] = round(float(np.mean([found[benchmark.measures[0]] for found in tasks.values()])), 4)
+    results |= benchmark.summary(rows)
+    if about_judge:
+        results["judge"] = about_judge
     results["items"] = [
-        {"id": item.id, "task": item.task, "kind": item.kind, "prompt": item.prompt, "seed": item.seed,
-         "strict": s.strict, "soft": round(s.soft, 4), "notes": list(s.notes)}
-        for item, s in rows
-    ]  # fmt: skip
+        {
+            **{name: getattr(item, name) for name in ("id", "task", "kind", "prompt", "seed", "group")},
+            **{name: round(value, 4) for name, value in zip(benchmark.measures, found.values, strict=True)},
+            "notes": list(found.notes),
+            **found.details,
+        }
+        for item, found in rows
+    ]
     write_file(out / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
     return results, images
+
+
+def _check_coverage(
+    out: Path, judged: int, expected: int, min_coverage: float, absent: dict[str, list[str]],
+    failures: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    if judged and judged >= min_coverage * expected:
+        return
+    some = ", ".join([name for names in absent.values() for name in names][:5])
+    counts = ", ".join(f"{name}: {len(names)}" for name, names in absent.items())
+    reasons = "".join(f"; {reason}: {count} questions" for reason, count in (failures or {}).items())
+    raise InputError(
+        f"pictures in {out / 'images'}",
+        found=f"{judged} of {expected} ({counts}; such as {some}{reasons})",
+        expected=f"at least {min_coverage:.0%} of them",
+        remedy="Draw the others, or ask again, as answers are kept, or accept a partial score with --min-coverage.",
+    )
 
 
 def _read_pictures(benchmark: Benchmark, out: Path) -> tuple[list[Image.Image | None], list[str], list[str]]:
@@ -187,29 +217,11 @@ def _read_pictures(benchmark: Benchmark, out: Path) -> tuple[list[Image.Image | 
         else:
             try:
                 with Image.open(path) as found:
-                    image = to_rgb(found, str(path))[0] if found.size == benchmark.size else None
+                    fits = benchmark.any_size or found.size == item.size
+                    image = to_rgb(found, str(path))[0] if fits else None
             except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files
                 image = None
             if image is None:
                 broken.append(item.id)
         images.append(image)
     return images, missing, broken
-
-
-def _figures(scores: Sequence[Score]) -> dict:
-    strict = np.array([s.strict for s in scores])
-    return {
-        "strict": round(float(strict.mean()), 4),
-        "soft": round(float(np.mean([s.soft for s in scores])), 4),
-        "n": len(scores),
-        "interval": mean_interval(strict),
-    }
-
-
-def mean_interval(values: np.ndarray) -> list[float]:
-    """Return the bootstrap interval of 95 % of a mean, percentiles of 2,000 resamples, always the same ones."""
-    if len(values) < 2 or (values == values[0]).all():
-        return [round(float(values.mean()), 4)] * 2
-    rng = np.random.default_rng(0)
-    found = bootstrap((values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=rng).confidence_interval
-    return [round(float(found.low), 4), round(float(found.high), 4)]

@@ -12,8 +12,9 @@ from .tasks import EDIT_KINDS, T2I_KINDS, describe, is_held_out, reworded, sampl
 from .world import Scene, render
 
 _CHUNK = 512  # pictures rendered at a time
-# Kinds of the scenes made for text-to-image: edits bring thousands of scenes of two things, few that can be counted.
-_MADE_KINDS = ("counting", "counting", "counting", "counting", "single_object", "position")
+# Kinds of the scenes made for text-to-image: edits bring thousands of scenes of two things, fewer of one, and few
+# that can be counted.
+_MADE_KINDS = ("counting", "counting", "counting", "single_object", "single_object", "position")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """Prompts and edits of the micro world for reinforcement learning: new ones at each draw, without right answers."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from ...core.errors import InputError, check_one_of
 from ...core.micro import IMAGE_SIZE
 from .tasks import EDIT_KINDS, T2I_KINDS, sample_edit, sample_t2i
 from .world import render
@@ -16,11 +19,28 @@ class MicroTasks(torch.utils.data.Dataset):
 
     Args:
         num_prompts, num_edits: rows of either task, the kinds in turn; they say how long a pass is.
+        prompt_kinds, edit_kinds: the kinds; one that is named twice is drawn twice as often.
+
+    Raises:
+        InputError: an unknown kind, or none.
     """
 
-    def __init__(self, num_prompts: int = 1200, num_edits: int = 1200):
-        self.kinds = [T2I_KINDS[i % len(T2I_KINDS)] for i in range(num_prompts)]
-        self.kinds += [EDIT_KINDS[i % len(EDIT_KINDS)] for i in range(num_edits)]
+    def __init__(
+        self,
+        num_prompts: int = 1200,
+        num_edits: int = 1200,
+        prompt_kinds: Sequence[str] = T2I_KINDS,
+        edit_kinds: Sequence[str] = EDIT_KINDS,
+    ):
+        for name, kinds, known in (
+            ("prompt_kinds", prompt_kinds, T2I_KINDS), ("edit_kinds", edit_kinds, EDIT_KINDS)
+        ):  # fmt: skip
+            if not kinds:
+                raise InputError(name, found="none", expected=f"one or more of {', '.join(known)}")
+            for kind in kinds:
+                check_one_of(name, kind, known)
+        self.kinds = [prompt_kinds[i % len(prompt_kinds)] for i in range(num_prompts)]
+        self.kinds += [edit_kinds[i % len(edit_kinds)] for i in range(num_edits)]
         self.is_edit = [False] * num_prompts + [True] * num_edits
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What reward functions said. Example: `asyncio.run(score([f], prompts, images, columns))`."""
+    """What reward functions said. Example: `looked_through([f], rewards)`."""
 
     rewards: torch.Tensor
     """(B, R), float64; nan where a reward does not apply."""
@@ -45,10 +45,10 @@ def name_of(function: RewardFunction) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-async def score(
+async def ask_all(
     functions: Sequence[RewardFunction], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-) -> Scores:
-    """Ask all reward functions about B samples.
+) -> torch.Tensor:
+    """Return what all reward functions say of B samples, (B, R), float64; nan where a reward does not apply.
 
     Args:
         functions: R reward functions.
@@ -59,10 +59,14 @@ async def score(
         InputError: a function that fails, or returns another number of values, infinity or no numbers.
     """
     found = await asyncio.gather(*(_ask(function, prompts, images, columns) for function in functions))
-    rewards = torch.tensor(found, dtype=torch.float64).reshape(len(functions), len(prompts)).T
+    return torch.tensor(found, dtype=torch.float64).reshape(len(functions), len(prompts)).T
+
+
+def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor) -> Scores:
+    """Return rewards (B, R) with what a person should know of them."""
     warnings = []
     if rewards.isnan().all():  # a server that is down for a while must not end a run
-        warnings.append(f"no reward for any of {len(prompts)} samples, from {', '.join(map(name_of, functions))}")
+        warnings.append(f"no reward for any of {len(rewards)} samples, from {', '.join(map(name_of, functions))}")
     for function, column in zip(functions, rewards.T, strict=True):
         values = column[~column.isnan()]
         if len(values) > 1 and values.max() == values.min():

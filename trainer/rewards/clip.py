@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from ...core.errors import InputError
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+PICK_SCORE, PICK_SCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 @contextmanager
@@ -29,17 +30,24 @@ class Clip:
         model: hub repository or folder; its weights must be safetensors.
         device: where it runs, such as `cuda`.
         batch_size: pictures at a time.
+        processor: hub repository or folder of what prepares pictures and texts; default the model's own.
 
     Raises:
         InputError: it cannot be loaded.
     """
 
-    def __init__(self, model: str = DEFAULT_CLIP, device: str | torch.device = "cpu", batch_size: int = 16):
+    def __init__(
+        self,
+        model: str = DEFAULT_CLIP,
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+        processor: str | None = None,
+    ):
         self.batch_size, self.device = batch_size, device
         with loading("CLIP", model, "a CLIP model"):
             loaded = CLIPModel.from_pretrained(model, use_safetensors=True)
-            self.processor = CLIPImageProcessorPil.from_pretrained(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.processor = CLIPImageProcessorPil.from_pretrained(processor or model)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.model = loaded.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -63,16 +71,16 @@ class Clip:
 class ClipScore:
     """Reward function: the cosine of picture and prompt, -1 to 1 (CLIPScore, arXiv 2104.08718, without its factor).
 
-    Edits get None: their prompt is an instruction, not a description.
+    With the weights of PickScore (arXiv 2305.01569), which was trained on people's choices, it is that score over its
+    own factor, about 0.2. Edits get None: their prompt is an instruction, not a description.
 
     Args:
-        model, device: as for `Clip`.
+        clip: the model.
+        name: of the reward in logs.
     """
 
-    __name__ = "clip_score"
-
-    def __init__(self, model: str = DEFAULT_CLIP, device: str | torch.device = "cpu"):
-        self.clip = Clip(model, device)
+    def __init__(self, clip: Clip, name: str = "clip_score"):
+        self.clip, self.__name__ = clip, name
 
     def __call__(self, prompts, images, source_image, **columns) -> list[float | None]:
         """Return the cosine for each sample without a source picture, else None."""

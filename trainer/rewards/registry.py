@@ -9,14 +9,18 @@ import torch
 
 from ...core.errors import InputError
 from . import RewardFunction
-from .clip import DEFAULT_CLIP, Clip, ClipScore
+from .aesthetic import AestheticScore
+from .clip import DEFAULT_CLIP, PICK_SCORE, PICK_SCORE_PROCESSOR, Clip, ClipScore
+from .digit_judge import EditDigitJudge
 from .geneval import DEFAULT_DETECTOR, GenEval, Mask2Former
 from .judge import EditJudge
 from .micro import micro_soft, micro_strict
+from .ocr import OcrReward
 from .preservation import preservation
 
 _PLAIN = {"micro_soft": micro_soft, "micro_strict": micro_strict, "preservation": preservation}
-SHIPPED = (*_PLAIN, "edit_judge", "geneval", "geneval_strict", "clip_score")
+_JUDGES = {"edit_judge": EditJudge, "edit_digit_judge": EditDigitJudge}
+SHIPPED = (*_PLAIN, *_JUDGES, "geneval", "geneval_strict", "clip_score", "pick_score", "aesthetic", "ocr")
 
 
 @dataclass
@@ -31,17 +35,24 @@ class RewardArguments:
         },
     )
     judge_base_url: str | None = field(
-        default=None, metadata={"help": "edit_judge: OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
+        default=None, metadata={"help": "judges: OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
     )
     judge_model: str | None = field(
         default=None,
-        metadata={"help": "edit_judge: the model's name there; OPENAI_API_KEY in the environment is its key."},
+        metadata={"help": "judges: the model's name there; OPENAI_API_KEY in the environment is its key."},
     )
     detector_name_or_path: str = field(
         default=DEFAULT_DETECTOR, metadata={"help": "geneval: Mask2Former model, a hub repository or a folder."}
     )
     clip_name_or_path: str = field(
-        default=DEFAULT_CLIP, metadata={"help": "geneval, clip_score: CLIP model, a hub repository or a folder."}
+        default=DEFAULT_CLIP,
+        metadata={"help": "geneval, clip_score, aesthetic: CLIP model, a hub repository or a folder."},
+    )
+    pick_score_name_or_path: str = field(
+        default=PICK_SCORE, metadata={"help": "pick_score: its CLIP model, a hub repository or a folder."}
+    )
+    aesthetic_head: str | None = field(
+        default=None, metadata={"help": "aesthetic: safetensors file of LAION's head on CLIP, see the documentation."}
     )
 
     def check_rewards(self) -> None:
@@ -52,7 +63,9 @@ class RewardArguments:
         for name in self.reward_funcs:
             if name not in SHIPPED:
                 _imported(name)
-        if "edit_judge" in self.reward_funcs:
+        if "aesthetic" in self.reward_funcs and not self.aesthetic_head:
+            raise InputError("aesthetic_head", found="nothing", expected="a safetensors file of the predictor's head")
+        if _JUDGES.keys() & set(self.reward_funcs):
             for name in ("judge_base_url", "judge_model"):
                 if not getattr(self, name):
                     expected = "where the judge answers, and its name there (judge_base_url, judge_model)"
@@ -70,10 +83,17 @@ class RewardArguments:
     def _load(self, name: str, device: torch.device) -> RewardFunction:
         if name in _PLAIN:
             return _PLAIN[name]
-        if name == "edit_judge":
-            return EditJudge(self.judge_base_url, self.judge_model, api_key=os.environ.get("OPENAI_API_KEY"))
+        if name in _JUDGES:
+            return _JUDGES[name](self.judge_base_url, self.judge_model, api_key=os.environ.get("OPENAI_API_KEY"))
         if name == "clip_score":
-            return ClipScore(self.clip_name_or_path, device)
+            return ClipScore(Clip(self.clip_name_or_path, device))
+        if name == "pick_score":
+            processor = PICK_SCORE_PROCESSOR if self.pick_score_name_or_path == PICK_SCORE else None
+            return ClipScore(Clip(self.pick_score_name_or_path, device, processor=processor), name)
+        if name == "aesthetic":
+            return AestheticScore(Clip(self.clip_name_or_path, device), self.aesthetic_head)
+        if name == "ocr":
+            return OcrReward()
         if name in ("geneval", "geneval_strict"):
             detector = Mask2Former(self.detector_name_or_path, device)
             return GenEval(detector, Clip(self.clip_name_or_path, device), strict=name == "geneval_strict")
