@@ -62,9 +62,12 @@ def loaded(model):
 
 
 def predict(model, case, reference, batch=None, **options):
+    return forward_of(loaded(model), case, reference, batch, **options)
+
+
+def forward_of(transformer, case, reference, batch=None, **options):
     data = {key: INPUTS[f"{case}.{key}"][:batch] for key in ("x", "timestep", "context", "pooled", "reference")}
     extra = {"ref_latents": [data["reference"]]} if reference else {}
-    transformer = loaded(model)
     return transformer(data["x"], data["timestep"], context=data["context"], y=data["pooled"], **extra, **options)
 
 
@@ -267,6 +270,17 @@ def lora(model, editing):
     outputs["lora.unknown"] = predict(apply(editing), case, reference=True)
     logging.getLogger().removeHandler(handler)
     report["lora_unknown"] = told
+    low_vram(apply(editing))
+
+
+def low_vram(model):
+    """As with --lowvram, which --cpu excludes: most weights stay away, and get their LoRA, until they are used."""
+    mm.unload_all_models()
+    model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=200_000)
+    layers = [m for m in model.model.diffusion_model.modules() if getattr(m, "comfy_cast_weights", False)]
+    report["low_vram"] = [model.model.model_lowvram, len(layers)]
+    outputs["lora.low_vram"] = forward_of(model.model.diffusion_model, "96x64x1", reference=True)
+    model.unpatch_model(torch.device("cpu"))
 
 
 def single_file():

@@ -78,6 +78,13 @@ def test_an_exported_lora_through_the_stock_loader(comfyui, lora, inputs, order)
     assert difference(expected, comfyui[0]["forward.96x64x1.edit"]) > 1e-3
 
 
+def test_low_vram(comfyui):
+    """Weights that are brought in layer by layer, with a LoRA on them, and a reference."""
+    is_low, layers = comfyui[1]["low_vram"]
+    assert is_low and layers > 10
+    assert difference(comfyui[0]["lora.low_vram"], comfyui[0]["lora.behind"]) <= TOLERANCE
+
+
 def test_a_lora_with_unknown_keys_is_reported(comfyui):
     """ComfyUI names what it could not place, and loads the rest."""
     assert any("not loaded" in line and "transformer_blocks.99." in line for line in comfyui[1]["lora_unknown"])
