@@ -29,6 +29,7 @@ import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
+import comfy.text_encoders.qwen_vl  # noqa: E402
 import comfy.text_encoders.sd3_clip as sd3_clip  # noqa: E402
 import folder_paths  # noqa: E402
 import nodes  # noqa: E402
@@ -358,11 +359,18 @@ def metaquery():
                     at = f"metaquery.{i}.{name}.{positions}.{side}"
                     outputs[f"{at}.states"], outputs[f"{at}.pooled"] = unpack(cond)
     question = {"question": METAQUERY_PROMPTS[0], "lm_head": TIED, "max_length": 6, "temperature": 0.0, "seed": 0}
-    report["answers"] = {
-        name: node("UniPic2Understand", clip=clip, image=image, **question)[0] for name, image in pictures.items()
-    }
+    qwen, rope = comfy.text_encoders.qwen_vl, "qwen2vl_mrope_position_ids"
+    report["generates"] = hasattr(qwen, rope)
+    if report["generates"]:
+        report["answers"] = {
+            name: node("UniPic2Understand", clip=clip, image=image, **question)[0] for name, image in pictures.items()
+        }
+        output_layer(clip)
+    kept = qwen.__dict__.pop(rope, None)  # as in a ComfyUI from before it
+    collect({"no_generation": lambda: node("UniPic2Understand", clip=clip, image=None, **question)})
+    if kept is not None:
+        setattr(qwen, rope, kept)
     outputs["metaquery.stock_picture"] = stock_picture(clip)
-    output_layer(clip)
     _, small, _ = node("UniPic2MicroLoader", model="fp8")
     cond = node("UniPic2MetaQueryEncode", clip=small, connector=connector, prompt="x", negative_prompt="",
                 positions="1d", image=INPUTS["vision.64x64"])[0]  # fmt: skip

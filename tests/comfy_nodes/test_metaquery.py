@@ -97,20 +97,28 @@ def test_load_clips_own_qwen_gives_the_same(comfyui, metaquery):
     assert (comfyui[0]["metaquery.stock"] - states).abs().max() <= 1e-4
 
 
+def generating(comfyui) -> dict:
+    """Return the report of a ComfyUI that can answer; older ones cannot."""
+    if not comfyui[1]["generates"]:
+        pytest.skip("COMFYUI_PATH is a ComfyUI from before text generation for Qwen2.5-VL")
+    return comfyui[1]
+
+
 def test_answers_are_the_trainers(comfyui, metaquery, inputs):
     """Greedy, from random weights: any slip in tokens, positions or pictures shows."""
+    report = generating(comfyui)
     answers = {}
     for picture in PICTURES:
         image = None
         if picture != "none":
             image = Image.fromarray((inputs[picture][0] * 255).round().byte().numpy())
         answers[picture] = metaquery.answer(METAQUERY_PROMPTS[0], image, max_new_tokens=6)
-    assert comfyui[1]["answers"] == answers and len(set(answers.values())) > 1
+    assert report["answers"] == answers and len(set(answers.values())) > 1
 
 
 def test_answers_by_the_output_layer_of_a_file(comfyui):
     """One turned upside down says something else; one with its scale says the same; and nothing of it stays."""
-    _, report = comfyui
+    report = generating(comfyui)
     tied, other, again, scaled = report["by_head"]
     assert tied == again == scaled != other
     assert not report["head_left_behind"]
@@ -133,12 +141,15 @@ def test_connectors_of_models_are_offered(comfyui):
         ("small_picture", ["32x32 pixels"]),
         ("unknown_connector", ["'absent'", "'metaquery'", "model_patches"]),
         ("blind_answer", ["Understand, clip", "3B"]),
+        ("no_generation", ["Understand: found a ComfyUI that has no text generation", "Update ComfyUI"]),
         ("narrow", ["lm_head narrow.safetensors", "shape (3, 128)"]),
         ("none", ["no lm_head.weight"]),
         ("qwen_as_text_encoder", ["a text encoder of another model"]),
     ],
 )
 def test_what_does_not_fit_is_named(comfyui, name, words):
+    if name in ("narrow", "none"):
+        generating(comfyui)
     message = comfyui[1]["errors"][name]
     assert message.startswith("InputError: ")
     for word in words:
