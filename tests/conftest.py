@@ -10,3 +10,13 @@ spec = importlib.util.spec_from_file_location("unipic2", ROOT / "__init__.py", s
 module = importlib.util.module_from_spec(spec)
 sys.modules["unipic2"] = module
 spec.loader.exec_module(module)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out what is marked slow unless `-m` asks for it."""
+    if "slow" in (config.option.markexpr or ""):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

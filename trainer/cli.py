@@ -186,8 +186,10 @@ def _add_eval_arguments(parser: argparse.ArgumentParser, model: str, help_of_mod
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="seed of the noise, and of tasks that are drawn")
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: as the model is made for)")
-    parser.add_argument("--guidance-scale", type=float, default=None, help="guidance (default: likewise)")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default 20 for micro, else 50)")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=None, help="guidance (default 1.5 for micro, else 3.5)"
+    )
     parser.add_argument(
         "--batch-size", type=int, default=None, help="pictures drawn at once (default 64 for micro models, else 4)"
     )
@@ -349,7 +351,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     measures = results["measures"]
     for task, found in results["tasks"].items():
         means = ", ".join(f"{name} {found[name]:.3f}" for name in measures)
-        kinds = "" if list(found["kinds"]) == [task] else _kinds(found["kinds"], measures[0])
+        kinds = _kinds(found["kinds"], measures[0]) if found["kinds"] else ""
         sys.stdout.write(f"{task}: {means} of {found['n']}{kinds}\n")
     sys.stdout.write(f"overall: {results['overall']:.3f}\n{arguments.out / 'results.json'}\n")
     return 0

@@ -11,7 +11,7 @@ class Server:
 
     def __init__(self):
         self.requests, self.paths, self.headers, self.behave = [], [], [], lambda number, request: good(8, 9)
-        self.at_a_time = self.most_at_a_time = 0
+        self.at_a_time, self.most_at_a_time, self.retry_after = 0, 0, None
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +42,8 @@ class Server:
                 status, body = what
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
+                if outer.retry_after is not None:
+                    self.send_header("Retry-After", outer.retry_after)
                 self.end_headers()
                 self.wfile.write(body)
 

@@ -344,11 +344,17 @@ def test_a_model_is_drawn_like_the_folder_beside_it(model, drawn, right, tmp_pat
     assert main(["compare", str(drawn), str(model), "--out", str(out)]) == 0
     (folder,) = (path for path in out.iterdir() if path.is_dir())
     found, before = (json.loads((path / "run.json").read_text()) for path in (folder, drawn))
-    assert (found["n"], found["sampling"]) == (before["n"], before["sampling"]) == (COUNT, before["sampling"])
-    results = json.loads((drawn / "results.json").read_text())
-    other = tmp_path / "geneval"
+    assert found["n"] == before["n"] == COUNT and found["sampling"] == before["sampling"]
+    evaluate("no model", right, "--only", "score")  # a folder without run.json says it, too
+    assert main(["compare", str(right), str(model), "--out", str(tmp_path / "two"), "--steps", "1"]) == 0
+    with pytest.raises(InputError, match="found other prompts, expected those of --n and --seed"):
+        main(["compare", str(right), str(model), "--out", str(tmp_path / "none"), "--seed", "5"])
+    results, other = json.loads((drawn / "results.json").read_text()), tmp_path / "other"
     other.mkdir()
     (other / "results.json").write_text(json.dumps({**results, "benchmark": "geneval"}))
-    with pytest.raises(InputError, match="geneval: found geneval, expected results of the micro benchmark"):
+    with pytest.raises(InputError, match="other: found geneval, expected results of the micro benchmark"):
         main(["compare", str(other), str(model), "--out", str(tmp_path / "none")])
+    (other / "results.json").write_text(json.dumps({**results, "judge": {"model": "another"}}))
+    with pytest.raises(InputError, match="other, judge: found .*another"):
+        compare([drawn, other])
     assert not (tmp_path / "none").exists()

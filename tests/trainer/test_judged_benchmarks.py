@@ -95,7 +95,7 @@ def test_gedit_figures(run, server, gedit_file):
     assert common["n"] == 2 and common["overall"] == pytest.approx((overall["a"] + overall["c"]) / 2, abs=1e-4)
     page = (run.out / "index.html").read_text()
     assert page.count("<figure") == 4 and page.count("<figure class=failed") == 3, "7 of 10 is shown as passed"
-    assert "Quoted from their publishers" in page and "UniPic2-Metaquery-9B" in page
+    assert "Quoted, not measured here" in page and "UniPic2-Metaquery-9B" in page
 
 
 def test_gedit_pictures_and_questions(run, server, gedit_file):

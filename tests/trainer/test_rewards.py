@@ -94,7 +94,8 @@ def test_the_micro_rewards():
 
 def judged(server, count=1, source=PICTURE, **options):
     judge = EditJudge(server.url, "qwen", **{"backoff": 0.01, "timeout": 2.0, **options})
-    prompts, images = [f"make it {i}" for i in range(count)], [PICTURE] * count
+    prompts = [f"make it {i}" for i in range(count)]
+    images = [Image.new("RGB", (8, 8), (255, i, 0)) for i in range(count)]
     return asyncio.run(judge(prompts, images, source_image=[source] * count)), judge
 
 
@@ -135,7 +136,7 @@ def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer,
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((404, b"no such model"), "status 404"),
+        ((404, b"no such model"), "status 404: no such model"),
         ((200, b"<html>"), "no chat completion"),
         ((200, b"{}"), "no chat completion"),
         (completion("nine of ten"), "no scores"),
@@ -169,6 +170,35 @@ def test_one_failure_does_not_touch_the_others(server):
     assert values == [1.0, None, 1.0] and sum(judge.endpoint.failures.values()) == 1
 
 
+def test_the_same_question_is_asked_once(server, tmp_path):
+    """Two samples with the same words and pictures, at the same time, and later from what was kept."""
+    judge = EditJudge(server.url, "qwen", cache_dir=tmp_path)
+    server.behave = lambda number, request: 0.1
+    for _ in range(2):
+        values = asyncio.run(judge(["make it red"] * 3, [PICTURE] * 3, source_image=[PICTURE] * 3))
+        assert values == [pytest.approx(0.8)] * 3
+    assert len(server.requests) == 2 and judge.endpoint.usage["kept"] == 2
+
+
+def test_failures_of_one_outage_are_one_pause(server):
+    """What was under way when the pause began does not make it longer."""
+    server.behave = lambda number, request: (time.sleep(0.1), (500, b""))[1]
+    _, judge = judged(server, 6, max_retries=0, concurrency=12, max_failures=3, cooldown=5.0)
+    assert judge.endpoint._trips == 1 and judge.endpoint._closed_until - time.monotonic() < 5.0
+
+
+def test_a_server_says_how_long_to_wait(server):
+    begun = []
+
+    def behave(number, request):
+        begun.append(time.monotonic())
+        return (429, b"") if number < 2 else good(10, 10)
+
+    server.behave, server.retry_after = behave, "1"
+    values, _ = judged(server, max_retries=1)
+    assert values == [1.0] and begun[2] - begun[0] >= 0.9
+
+
 def test_requests_at_a_time_are_limited(server):
     server.behave = lambda number, request: 0.05
     judged(server, 6, concurrency=3)
@@ -184,7 +214,8 @@ def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server, capsys):
     assert told in capsys.readouterr().err
 
     def again():
-        return asyncio.run(judge(["x"] * 3, [PICTURE] * 3, source_image=[PICTURE] * 3))
+        images = [Image.new("RGB", (8, 8), (0, i, 0)) for i in range(3)]
+        return asyncio.run(judge(["x"] * 3, images, source_image=[PICTURE] * 3))
 
     time.sleep(0.4)
     assert again() == [None] * 3 and len(server.requests) == 4, "one request tries it, and fails"
@@ -214,6 +245,9 @@ def test_no_server_at_all():
 def test_prompts_in_files_and_settings_that_cannot_be(tmp_path):
     (tmp_path / "p.txt").write_text("Do {this}")
     with pytest.raises(InputError, match="judge prompt .*p.txt: found other braces"):
+        EditJudge("http://x", "m", success_prompt=tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_text("Is it good?")
+    with pytest.raises(InputError, match="judge prompt .*p.txt: found no {instruction}"):
         EditJudge("http://x", "m", success_prompt=tmp_path / "p.txt")
     with pytest.raises(InputError, match="judge prompt .*none.txt: found No such file"):
         EditJudge("http://x", "m", success_prompt=tmp_path / "none.txt")
@@ -247,7 +281,8 @@ def likely(**logprobs):
 
 def graded(server, count=1, **columns):
     judge = EditDigitJudge(server.url, "qwen", backoff=0.01, timeout=2.0)
-    call = judge(["make it red"] * count, [PICTURE] * count, source_image=[PICTURE] * count, **columns)
+    prompts = [f"make it red {i}" for i in range(count)]
+    call = judge(prompts, [PICTURE] * count, source_image=[PICTURE] * count, **columns)
     return asyncio.run(call), judge
 
 

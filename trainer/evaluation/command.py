@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderTiny
 from safetensors import SafetensorError
 
 from ...core.errors import InputError
@@ -24,7 +25,7 @@ from ..script import open_model
 from ..sheets import Cell, contact_sheet, save_sheet, stack
 from . import dpg, gedit, geneval, imgedit
 from .compare import COMPARISON_FILE, SHEET_FILE, compare, comparison_sheet, read_results, table
-from .items import Benchmark
+from .items import Benchmark, digest
 from .judged import PROMPTS
 from .micro import micro_benchmark
 from .page import write_page
@@ -32,6 +33,7 @@ from .published import quoted
 from .run import PARTS, RESULTS_FILE, generate, model_digest, read_run, resized_source, score
 
 _JUDGE_FILES = ("edit_success.txt", "edit_quality.txt", "dpg.txt", "imgedit.json")
+MICRO_COUNT, MICRO_SEED = 256, 1234
 _EDGE = 512  # pixels: what the published model edits at
 
 
@@ -50,19 +52,19 @@ def evaluate(arguments: Namespace) -> dict | None:
         pipeline, weights = _open(arguments, torch.bfloat16 if half else torch.float32)
         if on_gpu:
             pipeline.to(PartialState().device)
-        parts = {name: str(getattr(arguments, name)) for name in ("model", "lora", "metaquery", "vlm")}
-        about = {**{name: value for name, value in parts.items() if value != "None"}, **about}
-        generate(pipeline, benchmark, out, about, sampling, arguments.batch_size, weights)
+        parts = {name: getattr(arguments, name) for name in ("model", "lora", "metaquery", "vlm")}
+        of_model = {name: str(value) for name, value in parts.items() if value is not None}
+        generate(pipeline, benchmark, out, {**of_model, **about}, sampling, arguments.batch_size, weights)
     if arguments.only == "draw" or not PartialState().is_main_process:
         return None
-    results, images = score(benchmark, out, arguments.min_coverage)
+    results, images = score(benchmark, out, arguments.min_coverage, about)
     save_sheet(_sheet(benchmark, results, images), out / "results.png")
     write_page(out, results, quoted(arguments.benchmark))
     return results
 
 
 def _open(arguments: Namespace, dtype: torch.dtype):
-    """Return the pipeline, and a hash of all its weights."""
+    """Return the pipeline, and a hash of all its weights. Raises InputError for a model that cannot be loaded."""
     if arguments.metaquery is None:
         pipeline, parts = open_model(arguments.model, arguments.vlm, torch_dtype=dtype), {}
     else:
@@ -73,6 +75,9 @@ def _open(arguments: Namespace, dtype: torch.dtype):
         )
         parts = {"transformer": folder / "transformer"}
     parts = {**{part: component_dir(pipeline.loaded_from, part) for part in PARTS}, **parts}
+    if arguments.benchmark == "micro" and not isinstance(pipeline.vae, AutoencoderTiny):
+        expected = "a micro model: the micro benchmark is of 64x64 pictures"
+        raise InputError(f"--model {arguments.model}", found="a model for large pictures", expected=expected)
     if isinstance(pipeline, MetaQueryPipeline) and pipeline.vlm_name is not None:
         parts["text_encoder"] = vlm_folder(pipeline.loaded_from, pipeline.vlm_name)
     if arguments.lora is not None:
@@ -145,7 +150,7 @@ def _judge_file(arguments: Namespace, name: str, shipped: Path | None) -> Path |
 
 
 def _micro(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
-    chosen = _chosen(arguments, {"n": 256, "seed": 1234})
+    chosen = _chosen(arguments, {"n": MICRO_COUNT, "seed": MICRO_SEED})
     sampling = _sampling(arguments, NUM_INFERENCE_STEPS, GUIDANCE_SCALE)
     return micro_benchmark(chosen["n"], chosen["seed"]), chosen, sampling
 
@@ -157,6 +162,7 @@ def _geneval(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
         geneval.read_prompts(arguments.prompts),
         lambda: GenEval.from_pretrained(arguments.detector, arguments.clip, device),
         chosen["seed"], (chosen["width"], chosen["height"]), chosen["samples"], arguments.exact_counts,
+        {"detector": arguments.detector, "clip": arguments.clip},
     )  # fmt: skip
     return benchmark, chosen, _sampling(arguments)
 
@@ -165,7 +171,7 @@ def _dpg(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
     chosen = _chosen(arguments, {"samples": dpg.SAMPLES, "seed": 0, "width": _EDGE, "height": _EDGE})
     options = _judge_options(arguments)
     benchmark = dpg.dpg_benchmark(
-        dpg.read_prompts(arguments.prompts), None if options is None else Endpoint(**options), chosen["seed"],
+        dpg.read_prompts(arguments.prompts), options and Endpoint(**options), chosen["seed"],
         (chosen["width"], chosen["height"]), chosen["samples"], _judge_file(arguments, "dpg.txt", PROMPTS / "dpg.txt"),
     )  # fmt: skip
     return benchmark, chosen, _sampling(arguments)
@@ -190,8 +196,7 @@ def _imgedit(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
     options = _judge_options(arguments)
     questions = imgedit.read_prompts(_judge_file(arguments, "imgedit.json", None))
     items = imgedit.read_items(arguments.prompts, arguments.images, chosen["seed"], chosen["longer_edge"])
-    endpoint = None if options is None else Endpoint(**options)
-    return imgedit.imgedit_benchmark(items, endpoint, questions), chosen, _sampling(arguments)
+    return imgedit.imgedit_benchmark(items, options and Endpoint(**options), questions), chosen, _sampling(arguments)
 
 
 _BENCHMARKS: dict[str, Callable[[Namespace], tuple[Benchmark, dict, dict]]] = {
@@ -235,20 +240,15 @@ def compare_runs(names: list[str], out: Path | None, arguments: Namespace) -> st
     if len(set(models.values())) < len(models):
         raise InputError("compare", found=", ".join(models), expected="models with names of their own")
     measured = [Path(name) for name in names if name not in models]
-    like = {}
-    if measured:  # before anything is drawn
+    settings = {name: getattr(arguments, name) for name in ("n", "seed", "steps", "guidance_scale")}
+    if measured:  # all that can be known to be wrong before anything is drawn
         compare(measured)
         like = read_results(measured[0])
-    if models and like.get("benchmark", "micro") != "micro":
-        expected = "results of the micro benchmark, which models are run on"
-        raise InputError(f"compare {measured[0]}", found=like["benchmark"], expected=expected)
-    sampling = like.get("sampling", {})
-    defaults = {
-        "n": like.get("n"), "seed": like.get("seed"), "steps": sampling.get("num_inference_steps"),
-        "guidance_scale": sampling.get("guidance_scale"),
-    }  # fmt: skip
-    given = {name: getattr(arguments, name) for name in defaults}
-    settings = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        sampling = like.get("sampling", {})
+        own = {**like, "steps": sampling.get("num_inference_steps"), "guidance_scale": sampling.get("guidance_scale")}
+        settings = {name: own.get(name) if value is None else value for name, value in settings.items()}
+        if models:
+            _check_micro_results(measured[0], like, settings)
     settings |= {"batch_size": arguments.batch_size, "min_coverage": 1.0, "benchmark": "micro"}
     absent = dict.fromkeys(("only", "lora", "metaquery", "vlm"))
     for name, folder in models.items():
@@ -258,16 +258,33 @@ def compare_runs(names: list[str], out: Path | None, arguments: Namespace) -> st
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / COMPARISON_FILE, json.dumps(found, indent=2) + "\n")
-        save_sheet(comparison_sheet(folders), out / SHEET_FILE)
+        sheet = comparison_sheet(folders)
+        if sheet is not None:
+            save_sheet(sheet, out / SHEET_FILE)
     return table(found)
 
 
+def _check_micro_results(folder: Path, results: dict, settings: dict) -> None:
+    """Raise InputError where a model that is run on the micro benchmark could not be compared with a folder."""
+    expected = "results of the micro benchmark, which models are run on"
+    if results["benchmark"] != "micro":
+        raise InputError(f"compare {folder}", found=results["benchmark"], expected=expected)
+    asked = micro_benchmark(settings["n"] or MICRO_COUNT, MICRO_SEED if settings["seed"] is None else settings["seed"])
+    if digest(asked.items) != results["prompts"]:
+        remedy = "Give the --n and --seed of that folder."
+        raise InputError(f"compare {folder}", found="other prompts", expected="those of --n and --seed", remedy=remedy)
+
+
 def _is_model(name: str) -> bool:
-    """Whether a name is a model's: bundled, of the hub, or a folder of one that holds no results."""
+    """Whether a name is a model's: bundled, a folder of one that holds no results, or of the hub."""
     folder = Path(name)
+    if (folder / RESULTS_FILE).is_file():
+        return False
+    if name in BUNDLED_MODELS:
+        return True
     if folder.exists():
-        return (folder / PIPELINE_INDEX).is_file() and not (folder / RESULTS_FILE).is_file()
-    if name in BUNDLED_MODELS or (len(folder.parts) == 2 and not folder.parent.exists()):
+        return (folder / PIPELINE_INDEX).is_file()
+    if len(folder.parts) == 2 and not folder.parent.exists():
         return True
     expected = f"a folder of `unipic2 eval`, a model's folder or hub name, or {', '.join(BUNDLED_MODELS)}"
     raise InputError(f"compare {name}", found="no such folder", expected=expected)

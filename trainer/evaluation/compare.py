@@ -11,6 +11,8 @@ from .figures import figures_of_kinds, grouped
 from .items import Item, Score
 from .run import RESULTS_FILE
 
+_JUDGE = ("model", "prompts", "detector", "clip")
+"""What makes a judge the judge it is."""
 COMPARISON_FILE, SHEET_FILE = "comparison.json", "comparison.png"
 
 
@@ -52,6 +54,10 @@ def compare(folders: list[Path]) -> dict:
                     expected=f"{found[0].get(name)}, as in {folders[0]}",
                     remedy="Only results of the same benchmark, --n and --seed can be compared.",
                 )
+        judges = [{k: r.get("judge", {}).get(k) for k in _JUDGE} for r in (found[0], results)]
+        if judges[0] != judges[1]:
+            expected = f"{judges[0]}, as in {folders[0]}"
+            raise InputError(f"{folder}, judge", found=judges[1], expected=expected, remedy="Score one of them again.")
     measure, mean_of_kinds = found[0]["measures"][0], found[0]["mean_of_kinds"]
     scores = [{item["id"]: item[measure] for item in results["items"]} for results in found]
     shared = [
@@ -76,6 +82,7 @@ def compare(folders: list[Path]) -> dict:
 def table(comparison: dict) -> str:
     """Return a comparison as a Markdown table."""
     names = [Path(folder).name for folder in comparison["folders"]]
+    names = names if len(set(names)) == len(names) else comparison["folders"]
     lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for name, entries in comparison["tasks"].items():
         cells = []
@@ -90,8 +97,11 @@ def table(comparison: dict) -> str:
     return "\n".join(lines)
 
 
-def comparison_sheet(folders: list[Path], limit: int = 48) -> Image.Image:
-    """Return the first items of each kind, each with the pictures of all folders side by side, sources first."""
+def comparison_sheet(folders: list[Path], limit: int = 48) -> Image.Image | None:
+    """Return the first items of each kind, each with the pictures of all folders side by side, sources first.
+
+    None where the folders share no picture.
+    """
     found = [read_results(folder) for folder in folders]
     measure, passing = found[0]["measures"][0], found[0]["passing"]
     passed = [{item["id"]: item[measure] >= passing for item in results["items"]} for results in found]
@@ -110,4 +120,4 @@ def comparison_sheet(folders: list[Path], limit: int = 48) -> Image.Image:
                 images.append(image.convert("RGB"))
         marks = "".join("+" if of_folder.get(item["id"]) else "-" for of_folder in passed)
         cells.append(Cell(f"{marks} {item['prompt']}", images))
-    return contact_sheet(cells, max(1, 12 // max(len(cell.images) for cell in cells)))
+    return contact_sheet(cells, max(1, 12 // max(len(cell.images) for cell in cells))) if cells else None

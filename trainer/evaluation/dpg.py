@@ -74,7 +74,7 @@ def _question(row: dict, where: str) -> Question:
     try:
         number = int(row["proposition_id"])
         parents = tuple(found for found in map(int, row["dependency"].split(",")) if found)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):  # a short row has None
         found = f"proposition_id {row['proposition_id']!r}, dependency {row['dependency']!r}"
         raise InputError(where, found=found, expected="numbers, 0 for no dependency") from None
     category = (row["tuple"] or "").partition("(")[0].strip()
@@ -137,7 +137,7 @@ def dpg_benchmark(
 
     return Benchmark(
         "dpg", items, judge, ("score",), passing=100.0, highest=100, summary=_categories,
-        about_judge=lambda: about(endpoint, frame),
+        about_judge=lambda: about(endpoint, frame, *(q.text for _, questions in prompts.values() for q in questions)),
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from .items import Item, Score
 
@@ -12,17 +11,14 @@ Rows = Sequence[tuple[Item, Score]]
 
 
 def figures_of_kinds(rows: Rows, measures: tuple[str, ...], mean_of_kinds: bool) -> dict:
-    """Return a task's figures, as `figures` has them, and under `kinds` those of each kind.
+    """Return a task's figures, as `figures` has them, and under `kinds` those of each kind, {} where there is but one.
 
     With `mean_of_kinds` the task's own are the unweighted means of its kinds'.
     """
-    kinds = grouped(rows, lambda item: item.kind)
-    of_kinds = {kind: figures(of_kind, measures) for kind, of_kind in kinds.items()}
-    found = figures(rows, measures)
-    if mean_of_kinds:
-        found |= {name: round(float(np.mean([own[name] for own in of_kinds.values()])), 4) for name in measures}
-        found["interval"] = mean_interval(*(_clusters(of_kind) for of_kind in kinds.values()))
-    return {**found, "kinds": of_kinds}
+    kinds = list(grouped(rows, lambda item: item.kind).items())
+    of_kinds = {kind: figures([of_kind], measures) for kind, of_kind in kinds}
+    found = figures([of_kind for _, of_kind in kinds] if mean_of_kinds else [rows], measures)
+    return {**found, "kinds": of_kinds if len(kinds) > 1 else {}}
 
 
 def grouped(rows: Rows, name_of: Callable[[Item], str]) -> dict[str, list[tuple[Item, Score]]]:
@@ -33,11 +29,11 @@ def grouped(rows: Rows, name_of: Callable[[Item], str]) -> dict[str, list[tuple[
     return found
 
 
-def figures(rows: Rows, measures: tuple[str, ...]) -> dict:
-    """Return the mean of each measure, `n`, and the `interval` of the first."""
-    values = np.array([score.values for _, score in rows], float)
-    means = {name: round(float(mean), 4) for name, mean in zip(measures, values.mean(axis=0), strict=True)}
-    return {**means, "n": len(rows), "interval": mean_interval(_clusters(rows))}
+def figures(strata: Sequence[Rows], measures: tuple[str, ...]) -> dict:
+    """Return the mean of each measure over strata that weigh the same, `n`, and the `interval` of the first."""
+    values = [np.array([score.values for _, score in rows], float).mean(axis=0) for rows in strata]
+    means = {name: round(float(mean), 4) for name, mean in zip(measures, np.mean(values, axis=0), strict=True)}
+    return {**means, "n": sum(map(len, strata)), "interval": mean_interval(*map(_clusters, strata))}
 
 
 def _clusters(rows: Rows) -> np.ndarray:
@@ -53,17 +49,7 @@ def mean_interval(*strata: np.ndarray) -> list[float]:
         strata: each (G, 2): sum and number of values in G groups. Whole groups are drawn anew, in each stratum apart,
             and the figure is the mean of the strata's means.
     """
-    varying = [s for s in strata if len(s) > 1 and np.ptp(s[:, 0] / s[:, 1]) > 0]
-    fixed = sum(float(s[:, 0].sum() / s[:, 1].sum()) for s in strata if not any(s is other for other in varying))
-    if not varying:
-        return [round(fixed / len(strata), 4)] * 2
-
-    def mean_of_places(*places: np.ndarray, axis: int = -1) -> np.ndarray:
-        drawn = [s[p.astype(int)] for s, p in zip(varying, places, strict=True)]
-        return (fixed + sum(d[..., 0].sum(axis) / d[..., 1].sum(axis) for d in drawn)) / len(strata)
-
-    found = bootstrap(
-        [np.arange(len(s)) for s in varying], mean_of_places, n_resamples=_RESAMPLES, method="percentile",
-        vectorized=True, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return [round(float(found.low), 4), round(float(found.high), 4)]
+    rng = np.random.default_rng(0)
+    drawn = [stratum[rng.integers(len(stratum), size=(_RESAMPLES, len(stratum)))].sum(axis=1) for stratum in strata]
+    means = np.mean([sums[:, 0] / sums[:, 1] for sums in drawn], axis=0)
+    return [round(float(edge), 4) for edge in np.percentile(means, (2.5, 97.5))]

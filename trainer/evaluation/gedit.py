@@ -20,7 +20,6 @@ from .figures import figures_of_kinds, grouped
 from .items import Benchmark, Item, Score
 from .judged import about, ask_about_all
 
-DATASET = "stepfun-ai/GEdit-Bench"
 MEASURES = ("overall", "sc", "pq")
 _COLUMNS = ("key", "task_type", "instruction", "instruction_language", "input_image_raw", "Intersection_exist")
 _GOOD = 7.0  # of 10: what page and sheet show as passed

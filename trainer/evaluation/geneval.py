@@ -93,7 +93,7 @@ def verdict(
 
 def geneval_benchmark(
     rows: list[dict], scorer: Callable[[], GenEval], seed: int, size: tuple[int, int], samples: int = SAMPLES,
-    exact: bool = False,
+    exact: bool = False, models: dict[str, str] | None = None,
 ) -> Benchmark:  # fmt: skip
     """Return the benchmark.
 
@@ -104,6 +104,7 @@ def geneval_benchmark(
         size: (width, height) of the pictures in pixels.
         samples: pictures of each prompt.
         exact: see `verdict`.
+        models: names of the detector and of CLIP, for the record.
     """
     items = [
         Item(
@@ -123,4 +124,4 @@ def geneval_benchmark(
             scores.append(Score((float(right), max(0.0, 1 - len(wrong) / clauses)), tuple(wrong)))
         return scores
 
-    return Benchmark("geneval-exact" if exact else "geneval", items, judge)
+    return Benchmark("geneval-exact" if exact else "geneval", items, judge, about_judge=lambda: models or {})

@@ -12,7 +12,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #d1d9e0;padding:2px 10px;text-align:left}"
     "#items{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:272px;border:2px solid #1a7f37;padding:6px}"
     "figure.failed{border-color:#d1242f}figure[hidden]{display:none}"
-    "img{width:128px;height:128px;object-fit:contain;image-rendering:pixelated}"
+    "img{width:128px;height:128px;object-fit:contain}.micro img{image-rendering:pixelated}"
     "figcaption{font-size:13px;overflow-wrap:anywhere}small{color:#59636e}"
 )
 _SCRIPT = """
@@ -45,11 +45,9 @@ def write_page(out: Path, results: dict, quoted: list[dict]) -> Path:
     first, *others = results["measures"]
     rows = []
     for name, found in tasks.items():
-        # A task of one kind, such as GenEval's, needs no second row.
-        kinds = {} if list(found["kinds"]) == [name] else found["kinds"]
         for label, figures in [
             (f"<b>{html.escape(name)}</b>", found),
-            *((html.escape(k), v) for k, v in kinds.items()),
+            *((html.escape(k), v) for k, v in found["kinds"].items()),
         ]:
             low, high = figures["interval"]
             cells = [f"{figures[first]:.3f} ({low:.3f} to {high:.3f})", *(f"{figures[name]:.3f}" for name in others)]
@@ -69,7 +67,8 @@ def write_page(out: Path, results: dict, quoted: list[dict]) -> Path:
         f"<table><tr>{heads}</tr>", *rows, "</table>", *_quotes(quoted),
         f"<details><summary>What was run</summary><pre>{html.escape(json.dumps(about, indent=2))}</pre></details>",
         f"<p>{_filter('task', tasks)} {_filter('kind', dict.fromkeys(item['kind'] for item in items))} "
-        f"{_filter('verdict', ('passed', 'failed'))} <span id=shown></span> shown</p><div id=items>",
+        f"{_filter('verdict', ('passed', 'failed'))} <span id=shown></span> shown</p>"
+        f"<div id=items class={html.escape(results['benchmark'])}>",
         *(_figure(out, item, item[first] >= results["passing"]) for item in items),
         f"</div><script>{_SCRIPT}</script>",
     ]  # fmt: skip
@@ -87,7 +86,7 @@ def _quotes(quoted: list[dict]) -> list[str]:
         f"<td><a href='{html.escape(row['source'])}'>{html.escape(row['source'])}</a></td></tr>"
         for row in quoted
     ]
-    note = "<p>Quoted from their publishers, who have their own judges and settings; not measured here:</p>"
+    note = "<p>Quoted, not measured here; with the judges and settings of who published them:</p>"
     return [note, "<table><tr><th>model</th><th>overall</th><th>source</th></tr>", *rows, "</table>"]
 
 
@@ -99,11 +98,15 @@ def _filter(name: str, values) -> str:
 def _figure(out: Path, item: dict, passed: bool) -> str:
     name = html.escape(item["id"])
     has_source = (out / "sources" / f"{item['id']}.png").is_file()
-    source = f"<img src='sources/{name}.png' alt='source' loading=lazy>" if has_source else ""
+    shown = [("sources", "source")] * has_source + [("images", name)]
+    pictures = "".join(
+        f"<a href='{folder}/{name}.png'><img src='{folder}/{name}.png' alt='{alt}' loading=lazy></a>"
+        for folder, alt in shown
+    )
     failed = "" if passed else " class=failed"
     notes = html.escape("; ".join(item["notes"]))
     return (
-        f"<figure{failed} data-task='{html.escape(item['task'])}' data-kind='{html.escape(item['kind'])}'>{source}"
-        f"<img src='images/{name}.png' alt='{name}' loading=lazy><figcaption>{html.escape(item['prompt'])}<br>"
+        f"<figure{failed} data-task='{html.escape(item['task'])}' data-kind='{html.escape(item['kind'])}'>{pictures}"
+        f"<figcaption>{html.escape(item['prompt'])}<br>"
         f"<small>{html.escape(item['kind'])}{': not ' if notes else ''}{notes}</small></figcaption></figure>"
     )

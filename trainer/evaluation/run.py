@@ -132,13 +132,16 @@ def _check_same(out: Path, run: dict) -> None:
             )
 
 
-def score(benchmark: Benchmark, out: Path, min_coverage: float = 1.0) -> tuple[dict, list[Image.Image | None]]:
+def score(
+    benchmark: Benchmark, out: Path, min_coverage: float = 1.0, about: dict | None = None
+) -> tuple[dict, list[Image.Image | None]]:
     """Judge the pictures in `out/images` and write `results.json`.
 
     Args:
         benchmark: what was asked for.
         out: the folder; `run.json` need not be there.
         min_coverage: share of the items that must have a picture that can be read.
+        about: what the items were made from, as for `generate`.
 
     Returns:
         The results: `coverage` (`expected`, `judged`, and the ids that are `missing`, `broken` or `unjudged`);
@@ -160,6 +163,7 @@ def score(benchmark: Benchmark, out: Path, min_coverage: float = 1.0) -> tuple[d
     _check_coverage(out, len(rows), len(images), min_coverage, absent, about_judge.get("failures"))
     results: dict = {
         **read_run(out),
+        **(about or {}),
         "benchmark": benchmark.name,
         "prompts": digest(benchmark.items),
         "measures": benchmark.measures,

@@ -20,6 +20,14 @@ def is_coroutine(function: RewardFunction) -> bool:
     return inspect.iscoroutinefunction(function if inspect.isroutine(function) else type(function).__call__)
 
 
+async def _end_others() -> None:
+    """End what is still under way on this loop, so that connections are closed."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 class Beside:
     """Asks all reward functions about N samples that come group by group.
 
@@ -69,8 +77,7 @@ class Beside:
 
     def __exit__(self, *error) -> None:
         if self.waiting:
-            for part in self._parts:
-                part.cancel()
+            asyncio.run_coroutine_threadsafe(_end_others(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._loop.close()

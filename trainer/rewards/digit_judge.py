@@ -54,7 +54,7 @@ class EditDigitJudge:
 
     def __init__(self, base_url: str, model: str, prompt: str | Path = PROMPTS / "edit_digit.txt", **options):
         self.endpoint = Endpoint(base_url, model, **options)
-        self.prompt = read_prompt(prompt, "instruction", "requirement")
+        self.prompt = read_prompt(prompt, "instruction", optional=("requirement",))
 
     async def __call__(
         self, prompts: list[str], images: list[Image.Image], source_image: list[Image.Image | None],

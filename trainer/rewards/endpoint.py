@@ -27,6 +27,7 @@ from ...core.errors import InputError
 from ...core.files import write_file
 
 _MOST_DOUBLINGS = 4
+_PATIENT_RETRIES = 20
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
 _LINE = re.compile(r"^[^:\n]+:\s*(\d+)\s*$", re.MULTILINE)
 
@@ -40,7 +41,14 @@ class JudgeFailed(Exception):
 
 
 class ServerFailed(JudgeFailed):
-    """It is the server's doing, and may be another time: no connection, no answer in time, too busy, broken."""
+    """It is the server's doing, and may be another time: no connection, no answer in time, too busy, broken.
+
+    `wait` is how many seconds the server asked to be left alone.
+    """
+
+    def __init__(self, reason: str, wait: float = 0):
+        super().__init__(reason)
+        self.wait = wait
 
 
 class Endpoint:
@@ -58,8 +66,9 @@ class Endpoint:
         max_failures: failures of the server in a row after which it is left alone.
         cooldown: seconds that it is left alone; then one request tries it, and it is twice as long if that fails, too.
         cache_dir: folder of usable answers; None keeps none.
-        patient: for work that is worth nothing without its answers: a server that is left alone is waited for,
-            `max_trips` times at most, and one that refuses (wrong key, no such model) is an error at once.
+        patient: for work that is worth nothing without its answers: a question is tried 20 times more, a server that
+            is left alone is waited for, `max_trips` times at most, and one that refuses (wrong key, no such model) is
+            an error at once.
 
     Raises:
         InputError: numbers out of range.
@@ -108,77 +117,96 @@ class Endpoint:
     async def session(self):
         """Yield an `Ask`; pictures are called for once it is the question's turn. Ends with a word on failures."""
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency))
-        before = self.failures.copy()
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        async with httpx.AsyncClient(timeout=self.timeout, headers=self.headers, limits=limits) as client:
-            yield partial(self._ask, client, slots)
-        new = self.failures - before
-        if new:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in new.most_common())
-            sys.stderr.write(f"judge at {self.url}: {new.total()} questions without an answer ({reasons})\n")
+        failures: Counter[str] = Counter()
+        under_way: dict[str, asyncio.Task] = {}
 
-    async def _ask(self, client, slots, text: str, pictures: Callable, read: Callable, **request) -> object | None:
-        attempt = 0
-        while attempt <= self.max_retries:
-            if attempt:
-                await asyncio.sleep(self.backoff * 2 ** (attempt - 1))  # outside the slot: others may ask meanwhile
+        async def ask(text: str, pictures: Callable, read: Callable, **request) -> object | None:
+            question = _Question(self.model, text, pictures, request)
             async with slots:
-                asked = _Question(self.model, text, await asyncio.to_thread(pictures), request)
-                with suppress(JudgeFailed):
-                    kept = None if self.cache_dir is None else await asyncio.to_thread(asked.kept_in, self.cache_dir)
-                    if kept is not None:
-                        found = read(kept)
-                        self.usage["kept"] += 1
-                        return found
-                is_asked = self._is_asked()
-                if is_asked:
+                key = await asyncio.to_thread(question.key)
+            if key not in under_way:  # of questions that are the same, such as on equal pictures, one is asked
+                under_way[key] = asyncio.create_task(self._answer(client, slots, question, key, read))
+                under_way[key].add_done_callback(partial(_ended, under_way, key))
+            try:
+                return await asyncio.shield(under_way[key])
+            except JudgeFailed as failed:
+                failures[str(failed)] += 1
+                self.failures[str(failed)] += 1
+                return None
+
+        try:
+            async with httpx.AsyncClient(timeout=self.timeout, headers=self.headers, limits=limits) as client:
+                yield ask
+        finally:
+            for task in under_way.values():
+                task.cancel()
+        if failures:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in failures.most_common())
+            sys.stderr.write(f"judge at {self.url}: {failures.total()} questions without an answer ({reasons})\n")
+
+    async def _answer(self, client, slots, question: "_Question", key: str, read: Callable) -> object:
+        """Return what `read` makes of an answer, a kept one if there is one. Raises JudgeFailed."""
+        path = None if self.cache_dir is None else self.cache_dir / key[:2] / f"{key}.json"
+        if path is not None:
+            with suppress(JudgeFailed, OSError, ValueError, LookupError, TypeError):  # no longer whole: asked again
+                found = read(dict(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8"))["answer"]))
+                self.usage["kept"] += 1
+                return found
+        attempt = wait = 0
+        while True:
+            if attempt:
+                pause = self.backoff * 2 ** min(attempt - 1, _MOST_DOUBLINGS)
+                await asyncio.sleep(max(pause, wait))  # outside the slot: others may ask meanwhile
+            async with slots:
+                is_probe = self._admit()
+                if is_probe is not None:
                     try:
-                        answer = await self._once(client, await asyncio.to_thread(asked.body))
+                        answer = await self._once(client, await asyncio.to_thread(question.body))
                         found = read(answer)
                     except ServerFailed as failed:
-                        reason = self._last_failure = str(failed)
-                        self._note(answered=False)
+                        self._last_failure, wait = str(failed), failed.wait
+                        self._note(False, is_probe)
                         attempt += 1
+                        if attempt > (_PATIENT_RETRIES if self.patient else self.max_retries):
+                            raise
                         continue
-                    except JudgeFailed as failed:
-                        reason = str(failed)
-                        self._note(answered=True)
-                        break
-                    except BaseException:
-                        self._probing = False
+                    except JudgeFailed:
+                        self._note(True, is_probe)
                         raise
-                    self._note(answered=True)
-                    if self.cache_dir is not None:
-                        await asyncio.to_thread(asked.keep_in, self.cache_dir, answer)
+                    except BaseException:
+                        self._probing = self._probing and not is_probe
+                        raise
+                    self._note(True, is_probe)
+                    if path is not None:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        await asyncio.to_thread(write_file, path, json.dumps({"answer": answer}))
                     return found
-            if not self._is_waited_for():
-                reason = f"server left alone after {self._last_failure}"
-                break
+            # One that was never there is not worth waiting for.
+            was_there = self.usage["requests"] or not self._last_failure.startswith("connection")
+            if not self.patient or self._trips > self.max_trips or not was_there:
+                raise JudgeFailed(f"server left alone after {self._last_failure}")
             await asyncio.sleep(max(0.05, self._closed_until - time.monotonic()))
-        self.failures[reason] += 1
-        return None
 
-    def _is_waited_for(self) -> bool:
-        """Whether a server that is left alone is worth waiting for; one that was never there is not."""
-        was_there = self.usage["requests"] or not self._last_failure.startswith("connection")
-        return self.patient and self._trips <= self.max_trips and was_there
-
-    def _is_asked(self) -> bool:
-        """Whether the server may be asked now; after a pause one request tries it first."""
+    def _admit(self) -> bool | None:
+        """Return whether a request would be the one that tries a server after a pause; None where none may go out."""
         if time.monotonic() < self._closed_until or self._probing:
-            return False
+            return None
         self._probing = self._trips > 0
-        return True
+        return self._probing
 
-    def _note(self, answered: bool) -> None:
-        self._probing = False
+    def _note(self, answered: bool, is_probe: bool) -> None:
+        """Count what became of a request. Those that went out before a pause say nothing more about the server."""
+        if is_probe:
+            self._probing = False
         if answered:
             self._in_a_row = self._trips = 0
             return
+        if self._trips and not is_probe:
+            return
         self._in_a_row += 1
-        if self._trips or self._in_a_row >= self.max_failures:
-            pause = self.cooldown * 2 ** min(self._trips, _MOST_DOUBLINGS)
-            self._closed_until = time.monotonic() + pause
+        if is_probe or self._in_a_row >= self.max_failures:
+            self._closed_until = time.monotonic() + self.cooldown * 2 ** min(self._trips, _MOST_DOUBLINGS)
             self._in_a_row, self._trips = 0, self._trips + 1
 
     async def _once(self, client: httpx.AsyncClient, body: bytes) -> dict:
@@ -194,9 +222,14 @@ class Endpoint:
             found = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
             remedy = "Check the endpoint's address, the model's name there, and OPENAI_API_KEY."
             raise InputError(f"judge at {self.url}", found=found, expected="an answer", remedy=remedy)
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise ServerFailed(
+                f"status {response.status_code}", min(float(wait), self.cooldown) if wait.isdigit() else 0
+            )
         if response.status_code != 200:
-            passing = response.status_code in (408, 429) or response.status_code >= 500
-            raise (ServerFailed if passing else JudgeFailed)(f"status {response.status_code}")
+            said = " ".join(response.text.split())[:80]
+            raise JudgeFailed(f"status {response.status_code}: {said}" if said else f"status {response.status_code}")
         try:
             found = response.json()
             answer = dict(found["choices"][0])
@@ -210,40 +243,33 @@ class Endpoint:
         return answer
 
 
+def _ended(under_way: dict[str, asyncio.Task], key: str, task: asyncio.Task) -> None:
+    """Forget a question; its error, if it has one, is known to whoever still waits for it."""
+    under_way.pop(key)
+    if not task.cancelled():
+        task.exception()
+
+
 class _Question:
     """One question about pictures, as a request and as the name under which its answer is kept."""
 
-    def __init__(self, model: str, text: str, pictures: list[Image.Image], request: dict):
+    def __init__(self, model: str, text: str, pictures: Callable[[], list[Image.Image]], request: dict):
         self.text, self.pictures = text, pictures
         self.settings = {"model": model, "temperature": 0, "max_tokens": 512, **request}
 
     def body(self) -> bytes:
         """Return the request, with the pictures as PNG."""
-        content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in self.pictures]
+        content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in self.pictures()]
         message = {"role": "user", "content": [*content, {"type": "text", "text": self.text}]}
         return json.dumps({**self.settings, "messages": [message]}).encode()
 
-    def kept_in(self, folder: Path) -> dict | None:
-        """Return the answer that was kept; None where there is none, or it is no longer whole."""
-        try:
-            return dict(json.loads(self._path(folder).read_text(encoding="utf-8"))["answer"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-
-    def keep_in(self, folder: Path, answer: dict) -> None:
-        """Write an answer down."""
-        path = self._path(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"answer": answer}))
-
-    def _path(self, folder: Path) -> Path:
-        """Return where an answer is kept: by pixels, not by PNG, which differs from library to library."""
+    def key(self) -> str:
+        """Return a hash of all that is asked: of pixels, not of PNG, which differs from library to library."""
         found = hashlib.sha256(json.dumps([self.settings, self.text], sort_keys=True).encode())
-        for picture in self.pictures:
+        for picture in self.pictures():
             found.update(f"{picture.mode} {picture.size}".encode())
             found.update(picture.tobytes())
-        name = found.hexdigest()
-        return folder / name[:2] / f"{name}.json"
+        return found.hexdigest()
 
 
 def text_of(answer: dict) -> str:
@@ -283,22 +309,25 @@ def scores_reader(count: int, least: int, most: int) -> Callable[[dict], list[fl
     return read
 
 
-def read_prompt(path: str | Path, *names: str) -> str:
-    """Return a file's text, to be formatted with these names.
+def read_prompt(path: str | Path, *names: str, optional: tuple[str, ...] = ()) -> str:
+    """Return a file's text, to be formatted with `names`, which are in it, and `optional` ones.
 
     Raises:
-        InputError: no such file, no text, or other names in braces.
+        InputError: no such file, no text, a name that is missing, or others in braces.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        text.format(**dict.fromkeys(names, ""))
+        text.format(**dict.fromkeys((*names, *optional), ""))
     except (OSError, UnicodeDecodeError) as error:
         found = getattr(error, "strerror", None) or "no UTF-8 text"
         raise InputError(f"judge prompt {path}", found=found, expected="a text file") from None
     except (LookupError, ValueError):
-        known = ", ".join(f"{{{name}}}" for name in names)
+        known = ", ".join(f"{{{name}}}" for name in (*names, *optional))
         expected = f"no names in braces but {known}, and {{{{ }}}} for braces themselves"
         raise InputError(f"judge prompt {path}", found="other braces", expected=expected) from None
+    for name in names:
+        if f"{{{name}}}" not in text:
+            raise InputError(f"judge prompt {path}", found=f"no {{{name}}}", expected="it where the judge is told it")
     return text
 
 

@@ -40,7 +40,7 @@ class EditJudge:
     ):
         self.endpoint = Endpoint(base_url, model, **options)
         self.success_prompt = read_prompt(success_prompt, "instruction")
-        self.quality_prompt = read_prompt(quality_prompt, "instruction")
+        self.quality_prompt = read_prompt(quality_prompt, optional=("instruction",))
 
     __name__ = "edit_judge"
 
