@@ -129,20 +129,28 @@ def measure(parent: str | None) -> tuple[int, dict[str, dict]]:
     return elements, found
 
 
+def table(elements: int, found: dict[str, dict]) -> str:
+    """Return what was measured as Markdown, with ratios to reading the tensors alone."""
+    plain = found[WAYS[0]]
+    lines = [f"{elements / 1e9:.2f} billion elements, bfloat16", ""]
+    lines += [
+        "| way | load, s | ratio | memory, GB | ratio | two steps, s | finite |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, r in found.items():
+        steps = f"{r['sampling']:.0f}" if "sampling" in r else ""
+        lines.append(
+            f"| {way} | {r['load']:.1f} | {r['load'] / plain['load']:.2f} | {r['memory']:.1f} | "
+            f"{r['memory'] / plain['memory']:.2f} | {steps} | {r['finite']} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run every way, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where the temporary folder goes; it needs 5 GB")
-    elements, found = measure(parser.parse_args().folder)
-    print(f"{elements / 1e9:.2f} billion elements, bfloat16")
-    plain = found[WAYS[0]]
-    print("| way | load, s | ratio | memory, GB | ratio | two steps, s | finite |\n|---|---|---|---|---|---|---|")
-    for way, r in found.items():
-        steps = f"{r['sampling']:.0f}" if "sampling" in r else ""
-        print(
-            f"| {way} | {r['load']:.1f} | {r['load'] / plain['load']:.2f} | {r['memory']:.1f} | "
-            f"{r['memory'] / plain['memory']:.2f} | {steps} | {r['finite']} |"
-        )
+    print(table(*measure(parser.parse_args().folder)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def test_every_way_to_load_it_edits(tmp_path):
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     elements, found = benchmark.measure(str(tmp_path))
+    print(benchmark.table(elements, found))
     assert elements == 2_469_663_936
     assert set(found) == set(benchmark.WAYS) and all(figures["finite"] for figures in found.values())
     plain = found[benchmark.WAYS[0]]["memory"]
