@@ -1,7 +1,9 @@
 """Holds the boundaries: who may import whom, packages listed = folders on disk, and a light root `__init__`."""
 
 import ast
+import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -254,3 +256,19 @@ def test_every_exported_name_of_the_trainer_exists_and_others_do_not():
 
 def test_importing_the_root_twice_gives_one_module():
     assert importlib.util.find_spec("unipic2").origin == str(ROOT / "__init__.py")
+
+
+def test_bundled_models_share_the_parts_that_they_were_trained_with():
+    """`weights/shared.json` is written when a model is bundled: one that is remade would leave the others behind."""
+    weights = ROOT / "weights"
+    models = {path.name for path in weights.iterdir() if path.is_dir()} - {"micro-pretrained"}
+    recorded = json.loads((weights / "shared.json").read_text(encoding="utf-8"))
+    assert set(recorded) == models
+    for model, parts in recorded.items():
+        with_weights = {path.parent.name for path in (weights / "micro-pretrained").glob("*/*.safetensors")}
+        needed = json.loads((weights / model / "model_index.json").read_text(encoding="utf-8"))
+        missing = {n for n in with_weights if n in needed and not (weights / model / n).is_dir()}
+        assert set(parts) == missing, model
+        for part, digest in parts.items():
+            (file,) = (weights / "micro-pretrained" / part).glob("*.safetensors")
+            assert hashlib.sha256(file.read_bytes()).hexdigest() == digest, f"{model} was trained with another {part}"
