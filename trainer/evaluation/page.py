@@ -12,7 +12,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #d1d9e0;padding:2px 10px;text-align:left}"
     "#items{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:272px;border:2px solid #1a7f37;padding:6px}"
     "figure.failed{border-color:#d1242f}figure[hidden]{display:none}"
-    "img{width:128px;height:128px;object-fit:contain}.micro img{image-rendering:pixelated}"
+    "img{width:128px;height:128px;object-fit:contain;margin-right:4px}.micro img{image-rendering:pixelated}"
     "figcaption{font-size:13px;overflow-wrap:anywhere}small{color:#59636e}"
 )
 _SCRIPT = """
