@@ -358,3 +358,14 @@ def test_a_model_is_drawn_like_the_folder_beside_it(model, drawn, right, tmp_pat
     with pytest.raises(InputError, match="other, judge: found .*another"):
         compare([drawn, other])
     assert not (tmp_path / "none").exists()
+
+
+def test_the_bundled_models_from_drawing_to_the_table(tmp_path, capsys):
+    """The whole way on real weights: 24 prompts and 24 edits of two models, judged, compared, on a page."""
+    command = ["compare", "micro-pretrained", "micro", "--n", "24", "--guidance-scale", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "comparison.json").read_text())["tasks"]
+    assert found["t2i"][1]["mean"] >= 0.5 and found["edit"][1]["mean"] >= 0.5, "0.72 and 0.80 of many"
+    assert found["t2i"][1]["difference"] > 0, "0.21 of many"
+    assert "| | micro-pretrained | micro |" in capsys.readouterr().out
+    assert (tmp_path / "micro/index.html").is_file() and (tmp_path / "comparison.png").is_file()
