@@ -10,6 +10,8 @@ model), `text_encoder/` and `tokenizer/`. Published models leave these two out: 
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -154,8 +156,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 raise InputError(
                     f"model {folder}", found=f"no {name} folder", expected=f"{name}/, a UniPic2-MetaQuery model"
                 )
-        if "vae" not in given:
-            check_component(folder, "vae")
+        for name in ("transformer", "vae"):  # before the language model, which may be large, is loaded
+            if name not in given:
+                check_component(folder, name)
 
         def type_of(name: str) -> torch.dtype | None:
             return types.get(name, types.get("default")) if isinstance(types, dict) else types
@@ -168,9 +171,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             if source.resolve().parent != folder.resolve():
                 given |= set(VLM_PARTS)
             parts |= load_vlm(source, type_of("text_encoder"), tuple(n for n in VLM_PARTS if n not in parts))
-        try:
+        with _fitting(folder):
             if "transformer" not in parts:
-                parts["transformer"] = load_transformer(folder, type_of("transformer"))
+                parts["transformer"] = _load_transformer(folder, type_of("transformer"))
             if "vae" not in parts:
                 vae = component_dir(folder, "vae")
                 tiny = read_json(vae / "config.json", "the VAE's settings").get("_class_name")
@@ -178,9 +181,6 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 parts["vae"] = kind.from_pretrained(vae, use_safetensors=True, torch_dtype=type_of("vae"))
             if "scheduler" not in parts:
                 parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError, RuntimeError) as error:  # a component whose config disagrees with its weights
-            found = " ".join(str(error).split())[:600]
-            raise InputError(f"model {folder}", found=found, expected="parts that fit their configs") from error
         if "conditioner" not in parts:
             parts["conditioner"] = StableDiffusion3Conditioner.from_pretrained(
                 folder / "conditioner", **({} if type_of("conditioner") is None else {"dtype": type_of("conditioner")})
@@ -311,20 +311,27 @@ def is_metaquery(folder: Path) -> bool:
     return (folder / "conditioner").is_dir()
 
 
-def load_transformer(folder: Path, dtype: torch.dtype | None) -> SD3Transformer2DKontextModel:
-    """Load the transformer of a pipeline's folder.
-
-    Raises:
-        InputError: it is missing or broken.
-    """
-    check_component(folder, "transformer")
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Turn what diffusers raises of a component whose config disagrees with its weights into an InputError."""
     try:
-        return SD3Transformer2DKontextModel.from_pretrained(
-            folder, subfolder="transformer", use_safetensors=True, torch_dtype=dtype
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # its config disagrees with its weights
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:600]
-        raise InputError(f"model {folder}", found=found, expected="a transformer that fits its config") from error
+        raise InputError(f"model {folder}", found=found, expected="parts that fit their configs") from error
+
+
+def _load_transformer(folder: Path, dtype: torch.dtype | None) -> SD3Transformer2DKontextModel:
+    return SD3Transformer2DKontextModel.from_pretrained(
+        folder, subfolder="transformer", use_safetensors=True, torch_dtype=dtype
+    )
+
+
+def load_transformer(folder: Path, dtype: torch.dtype | None) -> SD3Transformer2DKontextModel:
+    """Load the transformer of a pipeline's folder. Raises InputError where it is missing or broken."""
+    check_component(folder, "transformer")
+    with _fitting(folder):
+        return _load_transformer(folder, dtype)
 
 
 def vlm_folder(folder: Path | None, name: str | Path | None) -> Path:

@@ -51,6 +51,14 @@ def randomise_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def model(pipeline, tmp_path_factory):
+    """Return the folder of `pipeline`, as it is saved; a test that breaks it takes a copy."""
+    folder = tmp_path_factory.mktemp("model") / "random"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def server():
     """Return a chat endpoint whose `behave` a test sets."""

@@ -29,13 +29,6 @@ COUNT = 6
 FROZEN = "149c755d22436c880c2d7d0f8fbf86de192e725c17031d807db0191ffab40346"
 
 
-@pytest.fixture(scope="module")
-def model(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "random"
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 def evaluate(model, out, *flags) -> dict | None:
     arguments = ["eval", "micro", "--model", str(model), "--out", str(out), "--n", str(COUNT), "--steps", "1"]
     assert main([*arguments, *map(str, flags)]) == 0

@@ -16,13 +16,6 @@ from unipic2.trainer.rewards.endpoint import Endpoint
 from .judge_server import completion, good
 
 
-@pytest.fixture(scope="module")
-def model(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "random"
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run(model, server, tmp_path):
     """Return a function that runs a benchmark's command; it returns the results."""

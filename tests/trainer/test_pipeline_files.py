@@ -19,17 +19,10 @@ from unipic2.trainer.script import open_model
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
+def folder(model, tmp_path):
     """Return a copy that a test may break."""
-    return shutil.copytree(saved, tmp_path / "model")
+    return shutil.copytree(model, tmp_path / "model")
 
 
 def load(folder, **options):

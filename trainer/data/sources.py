@@ -282,7 +282,8 @@ def picture_of(value, column: str, root: Path):
     raise BrokenRow(f"no file {str(path)[:200]}")
 
 
-def _open(value, column: str, root: Path) -> Image.Image | None:
+def read_picture(value, column: str, root: Path) -> Image.Image | None:
+    """Decode a row's picture as 8-bit RGB, as it is shown; None where it has none. Raises BrokenRow."""
     found = picture_of(value, column, root)
     if found is None:
         return None
@@ -310,11 +311,11 @@ def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
         BrokenRow: no prompt, a picture that is missing or cannot be read, several sources, or no target.
     """
     prompt = read_prompt(row, columns)
-    target = _open(row[columns.target], columns.target, root) if columns.target else None
+    target = read_picture(row[columns.target], columns.target, root) if columns.target else None
     if target is None and columns.target:
         raise BrokenRow(f"no picture in {columns.target}")
-    source = _open(row[columns.source], columns.source, root) if columns.source else None
-    mask = _open(row[columns.mask], columns.mask, root) if columns.mask else None
+    source = read_picture(row[columns.source], columns.source, root) if columns.source else None
+    mask = read_picture(row[columns.mask], columns.mask, root) if columns.mask else None
     return Pair(prompt, target, source, None if mask is None else mask.convert("L"))
 
 
@@ -334,7 +335,7 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
         if target is None and columns.target:
             raise BrokenRow(f"no picture in {columns.target}")
         source = picture_of(row[columns.source], columns.source, root) if columns.source else None
-        sizes = [_size(*picture) for picture in (target, source) if picture is not None]
+        sizes = [picture_size(*picture) for picture in (target, source) if picture is not None]
         result["width"], result["height"] = sizes[0] if sizes else (1, 1)
         mask = picture_of(row[columns.mask], columns.mask, root) if columns.mask else None
         pictures = [b"" if place is None else _identity(place[0]) for place in (target, source, mask)]
@@ -346,7 +347,8 @@ def measure(row: dict, columns: Columns, root: Path) -> dict:
     return result
 
 
-def _size(where, name: str) -> tuple[int, int]:
+def picture_size(where, name: str) -> tuple[int, int]:
+    """Return `(width, height)` of what `picture_of` returned, as it is shown, by its head. Raises BrokenRow."""
     with _broken_otherwise(name), Image.open(where) as image:
         width, height = image.size
         # Asked for EXIF that is not in its head, Pillow decodes a whole PNG to look behind the picture.

@@ -17,6 +17,7 @@ from ...core.micro import BUNDLED_MODELS, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, c
 from ..adapters import LORA_WEIGHTS_FILE
 from ..kontext_pipeline import StableDiffusion3KontextPipeline
 from ..metaquery_pipeline import MetaQueryPipeline, load_transformer, vlm_folder
+from ..micro import HELD_OUT_COUNT, HELD_OUT_SEED
 from ..rewards.endpoint import Endpoint
 from ..rewards.geneval import GenEval
 from ..rewards.judge import PROMPTS as EDIT_PROMPTS
@@ -25,7 +26,7 @@ from ..script import open_model
 from ..sheets import Cell, contact_sheet, save_sheet, stack
 from . import dpg, gedit, geneval, imgedit
 from .compare import COMPARISON_FILE, SHEET_FILE, compare, comparison_sheet, read_results, table
-from .items import Benchmark, digest
+from .items import Benchmark
 from .judged import PROMPTS
 from .micro import micro_benchmark
 from .page import write_page
@@ -33,7 +34,6 @@ from .published import quoted
 from .run import PARTS, RESULTS_FILE, generate, model_digest, read_run, resized_source, score
 
 _JUDGE_FILES = ("edit_success.txt", "edit_quality.txt", "dpg.txt", "imgedit.json")
-MICRO_COUNT, MICRO_SEED = 256, 1234
 _EDGE = 512  # pixels: what the published model edits at
 
 
@@ -150,7 +150,7 @@ def _judge_file(arguments: Namespace, name: str, shipped: Path | None) -> Path |
 
 
 def _micro(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
-    chosen = _chosen(arguments, {"n": MICRO_COUNT, "seed": MICRO_SEED})
+    chosen = _chosen(arguments, {"n": HELD_OUT_COUNT, "seed": HELD_OUT_SEED})
     sampling = _sampling(arguments, NUM_INFERENCE_STEPS, GUIDANCE_SCALE)
     return micro_benchmark(chosen["n"], chosen["seed"]), chosen, sampling
 
@@ -269,8 +269,10 @@ def _check_micro_results(folder: Path, results: dict, settings: dict) -> None:
     expected = "results of the micro benchmark, which models are run on"
     if results["benchmark"] != "micro":
         raise InputError(f"compare {folder}", found=results["benchmark"], expected=expected)
-    asked = micro_benchmark(settings["n"] or MICRO_COUNT, MICRO_SEED if settings["seed"] is None else settings["seed"])
-    if digest(asked.items) != results["prompts"]:
+    asked = micro_benchmark(
+        settings["n"] or HELD_OUT_COUNT, HELD_OUT_SEED if settings["seed"] is None else settings["seed"]
+    )
+    if asked.prompts != results["prompts"]:
         remedy = "Give the --n and --seed of that folder."
         raise InputError(f"compare {folder}", found="other prompts", expected="those of --n and --seed", remedy=remedy)
 

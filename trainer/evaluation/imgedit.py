@@ -4,16 +4,17 @@ An edit's score is the mean of the three, a type's the mean of its edits, and th
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...core.errors import InputError
 from ...core.files import read_json
-from ...core.pictures import to_rgb
 from ...core.sizes import fit_size
+from ..data.sources import BrokenRow, picture_of, picture_size, read_picture
 from ..rewards.endpoint import Ask, Endpoint, read_prompt, scores_reader
 from .items import Benchmark, Item, Score
 from .judged import PROMPTS, about, ask_about_all
@@ -72,21 +73,29 @@ def read_items(path: Path, images: Path, seed: int, longer_edge: int) -> list[It
         kind = _ALIASES.get(kind, kind)
         if kind not in TYPES:
             raise InputError(f"{path}, {key}: edit_type", found=kind, expected=f"one of {', '.join(TYPES)}")
-        size = fit_size(*_read(picture).size, longer_edge)
+        size = fit_size(*_size(picture), longer_edge)
         items.append(Item(key, "edit", kind, prompt, seed + number, size, partial(_read, picture)))
     return items
 
 
-def _read(path: Path) -> Image.Image:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image), str(path))[0]
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of files that are no pictures
-        if isinstance(error, InputError):
-            raise
-        found = "no such file" if not path.is_file() else " ".join(str(error).split())[:200]
+        yield
+    except BrokenRow as broken:
+        found = str(broken) if path.is_file() else "no such file"
         remedy = "Name the folder of the benchmark's pictures with --images."
         raise InputError(f"picture {path}", found=found, expected="a picture", remedy=remedy) from None
+
+
+def _read(path: Path) -> Image.Image:
+    with _readable(path):
+        return read_picture(path.name, "id", path.parent)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with _readable(path):
+        return picture_size(*picture_of(path.name, "id", path.parent))
 
 
 def imgedit_benchmark(items: list[Item], endpoint: Endpoint | None, prompts: dict[str, str]) -> Benchmark:

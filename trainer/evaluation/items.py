@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from PIL import Image
 
@@ -44,7 +45,7 @@ class Score:
     """What else belongs to the item's results, as JSON has it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark: its items and its judge."""
 
@@ -66,6 +67,11 @@ class Benchmark:
     """What the results also hold, such as `{"intersection": ...}`."""
     about_judge: Callable[[], dict] = dict
     """What to note of the judge once it is through."""
+
+    @cached_property
+    def prompts(self) -> str:
+        """Hash of what is asked for, see `digest`; it reads all source pictures, and does so once."""
+        return digest(self.items)
 
 
 def digest(items: Sequence[Item]) -> str:

@@ -20,7 +20,7 @@ from ...core.files import read_json, write_file
 from ...core.pictures import to_rgb
 from ..sheets import save_sheet
 from .figures import figures_of_kinds, grouped
-from .items import Benchmark, Item, digest
+from .items import Benchmark, Item
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.json"
 _VERSIONS = ("torch", "diffusers", "transformers")
@@ -69,7 +69,7 @@ def generate(
     state = PartialState()
     run = {
         "benchmark": benchmark.name,
-        "prompts": digest(benchmark.items),
+        "prompts": benchmark.prompts,
         **about,
         "weights": weights,
         "sampling": sampling,
@@ -165,7 +165,7 @@ def score(
         **read_run(out),
         **(about or {}),
         "benchmark": benchmark.name,
-        "prompts": digest(benchmark.items),
+        "prompts": benchmark.prompts,
         "measures": benchmark.measures,
         "highest": benchmark.highest,
         "passing": benchmark.passing,

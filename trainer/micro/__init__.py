@@ -8,3 +8,6 @@ DECODER_STEPS = 1200
 
 VLM_STEPS = 3000
 """Optimizer steps of Micro Qwen2.5-VL, unless `unipic2 micro metaquery` is told otherwise."""
+
+HELD_OUT_COUNT, HELD_OUT_SEED = 256, 1234
+"""Prompts, and as many edits, that models are scored on, and their seed; training never draws from it."""

@@ -19,13 +19,12 @@ from ..kontext_pipeline import StableDiffusion3KontextPipeline, forget_paths
 from ..kontext_trainer import last_checkpoint
 from ..pretrain import parse, pretrain
 from ..sheets import save_sheet
-from . import CODEC_STEPS, DECODER_STEPS
+from . import CODEC_STEPS, DECODER_STEPS, HELD_OUT_COUNT, HELD_OUT_SEED
 from .build import build_pipeline, build_tokenizer
 from .codec import refine_decoder, round_trip_accuracy, train_codec
 from .evaluate import evaluate
 from .sheet import result_sheet
 
-HELD_OUT_SEED = 1234  # evaluation seed; training never draws from it
 _STAGES_FILE = "stages.json"
 _FIXED = ("--output_dir", "--model_name_or_path", "--resume", "--seed")  # what this command itself decides
 
@@ -126,7 +125,7 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
         _assemble(run_dir / "export", decoder_dir, model_dir, getattr(torch, args.export_dtype))
         # Scores are of the finished weights, as people will load them.
         pipeline = StableDiffusion3KontextPipeline.from_pretrained(model_dir, torch_dtype=torch.float32)
-        scores, drawn = evaluate(pipeline, 256, HELD_OUT_SEED)
+        scores, drawn = evaluate(pipeline, HELD_OUT_COUNT, HELD_OUT_SEED)
         scores["codec_round_trip"] = round(round_trip_accuracy(pipeline.vae, 512, HELD_OUT_SEED), 4)
         save_sheet(result_sheet(drawn), work / "results.png")
         write_file(work / "results.json", json.dumps(scores, indent=2) + "\n")

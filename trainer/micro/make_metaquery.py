@@ -16,9 +16,9 @@ from ..metaquery_pipeline import is_metaquery, load_vlm
 from ..script import open_model
 from ..sheets import save_sheet
 from ..stages import parse_stages, run_stages
-from . import VLM_STEPS
+from . import HELD_OUT_COUNT, HELD_OUT_SEED, VLM_STEPS
 from .evaluate import evaluate
-from .make import HELD_OUT_SEED, Stages, check_overrides, publish, results_table
+from .make import Stages, check_overrides, publish, results_table
 from .sheet import result_sheet
 from .vlm import build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
 
@@ -80,7 +80,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
         models = {base: folder, **{stage_of(args): Path(args.output_dir) / "export" for _, args in runs}}
         compared = {}
         for name, source in models.items():
-            scores, drawn = evaluate(open_model(source, torch_dtype=torch.float32), 256, HELD_OUT_SEED)
+            pipeline = open_model(source, torch_dtype=torch.float32)
+            scores, drawn = evaluate(pipeline, HELD_OUT_COUNT, HELD_OUT_SEED)
             compared[name] = {task: scores[task]["strict"] for task in ("t2i", "edit")}
         save_sheet(result_sheet(drawn), work / "results.png")
         write_file(work / "results.json", json.dumps({**scores, "compared": compared}, indent=2) + "\n")
