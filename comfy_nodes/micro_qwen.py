@@ -13,9 +13,9 @@ import torch
 from comfy.supported_models_base import ClipTarget
 
 from ..core.errors import InputError
+from ..core.micro import MICRO_QWEN_KEY
 
 MODEL_TYPE = "qwen2_5_vl"
-KEY = "unipic2_micro_qwen"
 _TEXT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "rms_norm_eps",
@@ -100,7 +100,7 @@ def target(tokenizer_folder, config: dict, pad_token_id: int) -> ClipTarget:
         str(tokenizer_folder),
         pad_with_end=False,
         embedding_size=config["text"]["hidden_size"],
-        embedding_key=KEY,
+        embedding_key=MICRO_QWEN_KEY,
         tokenizer_class=comfy.text_encoders.qwen_image.Qwen2Tokenizer,
         has_start_token=False,
         has_end_token=False,
@@ -110,6 +110,6 @@ def target(tokenizer_folder, config: dict, pad_token_id: int) -> ClipTarget:
         pad_token=pad_token_id,
     )
     return ClipTarget(
-        partial(comfy.sd1_clip.SD1Tokenizer, name=KEY, tokenizer=tokenizer),
-        partial(comfy.sd1_clip.SD1ClipModel, name=KEY, clip_model=model),
+        partial(comfy.sd1_clip.SD1Tokenizer, name=MICRO_QWEN_KEY, tokenizer=tokenizer),
+        partial(comfy.sd1_clip.SD1ClipModel, name=MICRO_QWEN_KEY, clip_model=model),
     )

@@ -73,6 +73,9 @@ QWEN_VISION_CONFIG = {
 }
 """Micro Qwen2.5-VL: the published classes, heads 64 wide; a picture of 64x64 pixels is seen at 56x56, four tokens."""
 
+MICRO_QWEN_KEY = "unipic2_micro_qwen"
+"""ComfyUI's name of it inside a CLIP, as `qwen25_7b` is that of the published size."""
+
 CONNECTOR_CONFIG = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -15,7 +15,7 @@ _SHOWN = (
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
     "contrastive_weight", "caption_dropout", "edit_caption_dropout", "estimator", "num_generations", "dynamics", "eta",
     "old_policy", "nft_beta", "awm_power", "train_timesteps", "num_inference_steps", "guidance_scale", "beta",
-    "positions", "vision_dropout", "ema_decay", "seed",
+    "positions", "vision_dropout", "vlm_lora_r", "vlm_lora_alpha", "ema_decay", "seed",
 )  # fmt: skip
 _OF_ESTIMATORS = {
     "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "old_policy": MATCHING, "train_timesteps": MATCHING,
@@ -48,7 +48,8 @@ print(pipe.answer("What color is the car?", edited))
 ```
 
 In ComfyUI the connector is the file in `conditioner/`, put into `models/model_patches`; `unipic2 export` writes the
-transformer as one file."""
+transformer as one file. A LoRA of Qwen2.5-VL, if there is one, is `text_encoder_lora/comfyui_lora.safetensors`, which
+the stock Load LoRA puts onto the CLIP."""
 
 
 def model_card(

@@ -57,9 +57,6 @@ class MetaQueryArguments(PretrainArguments):
         if self.use_peft:
             remedy = "Train the connector first; a LoRA of its transformer by `unipic2 train grpo` or `pdtr`."
             raise InputError("use_peft", found="true", expected="false for MetaQuery", remedy=remedy)
-        if self.cache_dir is not None:
-            remedy = "prefix_cache_gib keeps what Qwen2.5-VL computes, in main memory."
-            raise InputError("cache_dir", found="a folder", expected="none for MetaQuery", remedy=remedy)
 
 
 def parse(argv: list[str]) -> tuple[MetaQueryArguments, MetaQueryConfig]:

@@ -11,7 +11,7 @@ from .flow_matching_config import FlowMatchingConfig
 
 @dataclass
 class MetaQueryConfig(FlowMatchingConfig):
-    """`FlowMatchingConfig` plus what MetaQuery adds. Queries and connector are always trained, Qwen2.5-VL never."""
+    """`FlowMatchingConfig` plus what MetaQuery adds. Queries and connector are always trained."""
 
     TRAINABLE: ClassVar[tuple[str, ...]] = ("none", *TRAINABLE)
 
@@ -49,8 +49,26 @@ class MetaQueryConfig(FlowMatchingConfig):
         },
     )
 
+    vlm_lora_r: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of LoRAs on the attention of Qwen2.5-VL's language model, trained with the queries and "
+            "exported beside it; 0 trains none. Questions are answered without them."
+        },
+    )
+    vlm_lora_alpha: int | None = field(
+        default=None, metadata={"help": "Their scale: updates count alpha / r; None is twice the rank."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if self.vlm_lora_r < 0:
+            raise InputError("vlm_lora_r", found=self.vlm_lora_r, expected="at least 1, or 0 for none")
+        if self.vlm_lora_alpha is None:
+            self.vlm_lora_alpha = 2 * self.vlm_lora_r
+        if self.vlm_lora_r and self.prefix_cache_gib:
+            found, expected = "vlm_lora_r too", "one of them: with LoRAs, what stands before the queries changes too"
+            raise InputError("prefix_cache_gib", found=found, expected=expected)
         if self.positions is not None:
             check_one_of("positions", self.positions, POSITIONS)
         check_share("vision_dropout", self.vision_dropout)

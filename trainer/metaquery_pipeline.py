@@ -6,6 +6,7 @@ connector (`core.connector`) turn what it understood into the transformer's text
 
 Folder: `transformer/`, `vae/`, `scheduler/`, `conditioner/`, and, where the language model comes along (the micro
 model), `text_encoder/` and `tokenizer/`. Published models leave these two out: they are Qwen2.5-VL-7B-Instruct's own.
+LoRAs that were trained in the language model are in `text_encoder_lora/` (`vlm_lora`).
 """
 
 import json
@@ -27,6 +28,7 @@ from ..core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, POSITIONS, question_segments
 from ..core.vision import understanding_pixels
+from . import vlm_lora
 from .kontext_pipeline import (
     NO_WEIGHTS,
     StableDiffusion3KontextPipeline,
@@ -136,7 +138,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             vlm_name_or_path: Qwen2.5-VL, a folder or hub repository; None takes the model's own, the one that
                 `model_index.json` names, or the published 7B.
             kwargs: `torch_dtype` (one, or one for each component), `positions` instead of those that the model was
-                trained with, and parts that are ready.
+                trained with, and parts that are ready; such a `text_encoder` is taken as it is, without the model's
+                LoRA.
 
         Raises:
             InputError: a part is missing, broken, or does not fit the others.
@@ -185,6 +188,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             parts["conditioner"] = StableDiffusion3Conditioner.from_pretrained(
                 folder / "conditioner", **({} if type_of("conditioner") is None else {"dtype": type_of("conditioner")})
             )
+        lora = folder / vlm_lora.FOLDER
+        if lora.is_dir() and "text_encoder" not in kwargs:
+            vlm_lora.load_lora(parts["text_encoder"], lora)
         pipeline = cls(**parts, positions=positions)
         pipeline.loaded_from, pipeline.given, pipeline.vlm_name = folder, given, vlm_name
         return pipeline
@@ -211,7 +217,11 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 continue
             index[name] = [library, class_name or type(getattr(self, name)).__name__]
             if name not in copied:
-                getattr(self, name).save_pretrained(folder / name)
+                part = getattr(self, name)
+                own = {"state_dict": vlm_lora.own_weights(part)} if name == "text_encoder" else {}
+                part.save_pretrained(folder / name, **own)
+        if vlm_lora.lora_of(self.text_encoder) is not None:
+            vlm_lora.save_lora(self.text_encoder, folder / vlm_lora.FOLDER)
         if "text_encoder" in left_out and self.vlm_name is not None and not Path(self.vlm_name).exists():
             index[_VLM_KEY] = self.vlm_name  # a repository; where a folder lay is nobody's business
         for file in folder.rglob("*.safetensors") if dtype is not None else ():
@@ -272,7 +282,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
 
     @torch.no_grad()
     def answer(self, question: str, image: Image.Image | None = None, max_new_tokens: int = 256, **generation) -> str:
-        """Answer a question about a picture, or without one, by Qwen2.5-VL alone: nothing of it was changed.
+        """Answer a question about a picture, or without one, by Qwen2.5-VL alone: nothing of it was changed, and a
+        LoRA for drawing is off.
 
         Args:
             question: plain text; markup of chats in it is read as text.
@@ -296,12 +307,13 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         if image is not None:
             inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
         vlm.model.rope_deltas = None  # of an earlier picture
-        out = vlm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **inputs,
-            **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
-        )
+        with vlm_lora.without_lora(vlm):
+            out = vlm.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **inputs,
+                **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
+            )
         vlm.model.rope_deltas = None
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

@@ -1,4 +1,5 @@
-"""Training MetaQuery: queries and connector behind a frozen Qwen2.5-VL, with or without the transformer.
+"""Training MetaQuery: queries and connector behind a frozen Qwen2.5-VL, with or without LoRAs in it, and with or
+without the transformer.
 
 Objective, data, batches, averages, previews, checkpoints and exports are those of `FlowMatchingTrainer`; only the text
 is another: in place of ready states the loss gets what stands before the queries, and runs these itself.
@@ -20,17 +21,21 @@ from .flow_matching_trainer import FlowMatchingTrainer
 from .kontext_trainer import KontextForTraining
 from .metaquery_config import MetaQueryConfig
 from .metaquery_pipeline import MetaQueryPipeline
-from .query_states import PrefixCache, remember, text_states
+from .query_states import Prefix, PrefixCache, remember, text_states
+from .vlm_lora import add_lora
 
 _VISION = 3  # purpose of a seed derived from a draw's, see `flow_matching_trainer`
 
 
 class MetaQueryForTraining(KontextForTraining):
-    """The parts that one loss reaches: the transformer, and before it queries and connector."""
+    """The parts that one loss reaches: the transformer, before it queries and connector, and LoRAs in Qwen2.5-VL."""
 
-    def __init__(self, transformer: nn.Module, conditioner: nn.Module, vlm: nn.Module):
+    def __init__(
+        self, transformer: nn.Module, conditioner: nn.Module, vlm: nn.Module, vlm_lora: list[nn.Parameter] = ()
+    ):
         super().__init__(transformer, None)
         self.conditioner = conditioner
+        self.vlm_lora = nn.ParameterList(vlm_lora)
         self._vlm = (vlm,)  # in a tuple: no part of what is trained, saved or wrapped
 
     def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
@@ -129,11 +134,13 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         super().__init__(pipeline, args, train_dataset, previews, callbacks)
 
     def build_model(self, pipeline: MetaQueryPipeline) -> MetaQueryForTraining:
-        """Return the transformer with queries and connector before it."""
-        return MetaQueryForTraining(pipeline.transformer, pipeline.conditioner, pipeline.text_encoder)
+        """Return the transformer with queries and connector before it, and LoRAs in Qwen2.5-VL if they are trained."""
+        vlm, args = pipeline.text_encoder, self.args
+        lora = add_lora(vlm, args.vlm_lora_r, args.vlm_lora_alpha, args.seed) if args.vlm_lora_r else ()
+        return MetaQueryForTraining(pipeline.transformer, pipeline.conditioner, vlm, lora)
 
     def trained_components(self) -> set[str]:
-        """Return the connector, and the transformer if it is trained."""
+        """Return the connector, and the transformer if it is trained. A LoRA in Qwen2.5-VL is no part of its own."""
         return {"conditioner"} if self.args.trainable == "none" else {"conditioner", "transformer"}
 
     def collate(self, samples: list[dict]) -> dict:
@@ -151,10 +158,11 @@ class MetaQueryTrainer(FlowMatchingTrainer):
             seen.zero_()
         return {**batch, "seen": seen}
 
-    def text_of(self, inputs: dict, device: torch.device) -> PrefixCache:
+    def text_of(self, inputs: dict, device: torch.device) -> Prefix | PrefixCache:
         """Return what stands before the queries of a batch, out of the store if there is one.
 
-        Either way the language model has run over it without gradients, and runs over the queries alone with them.
+        Either way the language model has run over it without gradients, and runs over the queries alone with them. If
+        LoRAs in it are trained, it runs over all with gradients.
         """
         seen = inputs.get("seen")
         self.pipeline.text_encoder.to(device)
@@ -162,7 +170,7 @@ class MetaQueryTrainer(FlowMatchingTrainer):
             if self._store is not None:
                 return self._store(inputs["text"], None if seen is None else seen.cpu())
             prefix = self.pipeline.prefix(inputs["text"], None if seen is None else seen.float() / 255)
-            return remember(self.pipeline.text_encoder, prefix)
+            return prefix if self.args.vlm_lora_r else remember(self.pipeline.text_encoder, prefix)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return the optimizer, with the transformer's weights in groups of their own rate if they have one."""

@@ -116,14 +116,16 @@ def load_dataset(
 def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline) -> CachedPairs:
     """Return the rows out of the cache. Text encoders are loaded only if something has to be encoded, and let go."""
     folder, dtype = Path(script_args.cache_dir), getattr(torch, script_args.cache_dtype)
-    digest = fingerprint(pipeline.loaded_from, dtype, pipeline.vae.dtype)
+    digest = fingerprint(pipeline.loaded_from, dtype, pipeline.vae.dtype, texts=not pipeline.sees_pictures)
     with args.main_process_first(local=False, desc="encoding"):
         cache = Cache(folder, digest)
         if not is_complete(cache, dataset, pipeline) and args.process_index == 0:
-            parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "torch_dtype": pipeline.vae.dtype}
-            encoders = StableDiffusion3KontextPipeline.from_pretrained(pipeline.loaded_from, **parts)
+            encoders = pipeline
+            if not pipeline.sees_pictures:
+                parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "torch_dtype": pipeline.vae.dtype}
+                encoders = StableDiffusion3KontextPipeline.from_pretrained(pipeline.loaded_from, **parts)
             build_cache(dataset, cache, encoders, dtype, args.device, script_args.cache_batch_size)
-    return CachedPairs(dataset, cache)
+    return CachedPairs(dataset, cache, with_sources=pipeline.sees_pictures)
 
 
 def identity_of(script_args: PretrainArguments, args: FlowMatchingConfig, dataset) -> dict:

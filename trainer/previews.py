@@ -41,11 +41,12 @@ def pair_previews(dataset: PairDataset | CachedPairs | StreamedPairs, args: Kont
     A cell shows what was drawn; for an edit the source is on its left. `each` rows of each task are chosen by the
     data's order alone, so runs on the same data show the same rows. Texts come out of the cache where there is one.
     """
-    cached = dataset if isinstance(dataset, CachedPairs) else None
+    pairs, cached = dataset, None
+    if isinstance(dataset, CachedPairs):
+        pairs, cached = dataset.pairs, None if dataset.with_sources else dataset
     if isinstance(dataset, StreamedPairs):
         cases = dataset.previews(each)
     else:
-        pairs = dataset if cached is None else cached.pairs
         cases = [case for task in (False, True) for case in _spread(pairs, task, each)]
 
     cases = [

@@ -24,6 +24,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.clip_vision  # noqa: E402
+import comfy.lora  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -376,8 +377,19 @@ def metaquery():
                 positions="1d", image=INPUTS["vision.64x64"])[0]  # fmt: skip
     outputs["metaquery.fp8"] = unpack(cond)[0]
     older_core(clip, common)
+    lora_of_qwen(clip, connector)
     stock_qwen(connector)
     metaquery_errors(clip, connector)
+
+
+def lora_of_qwen(clip, connector):
+    """A LoRA of the language model by the stock loader, and what is left of it on the CLIP that it was loaded on."""
+    folder_paths.add_model_folder_path("loras", str(WORK))
+    _, patched = nodes.LoraLoader().load_lora(None, clip, "qwen_lora.safetensors", 0.0, 1.0)
+    common = {"connector": connector, "prompt": METAQUERY_PROMPTS[0], "negative_prompt": "", "positions": "1d"}
+    for name, chosen in (("with", patched), ("without", clip)):
+        cond, _ = node("UniPic2MetaQueryEncode", clip=chosen, image=INPUTS["vision.96x64"], **common)
+        outputs[f"metaquery.{name}_lora"] = unpack(cond)[0]
 
 
 def stock_picture(clip):
@@ -448,6 +460,7 @@ def stock_qwen(connector):
     (cond, _) = node("UniPic2MetaQueryEncode", clip=clip, connector=connector, prompt="a red circle",
                      negative_prompt="", positions="1d", image=None)  # fmt: skip
     outputs["metaquery.stock"] = unpack(cond)[0]
+    report["qwen_7b_lora_keys"] = list(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
     state = clip.cond_stage_model.qwen25_7b.transformer.model.state_dict()
     outputs.update({f"stock_qwen.{key}": tensor for key, tensor in state.items()})
 

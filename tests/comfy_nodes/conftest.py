@@ -18,6 +18,7 @@ from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.files import COMFYUI_LORA
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
 from unipic2.core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
+from unipic2.trainer import vlm_lora
 from unipic2.trainer.adapters import lora_config, prepare, save_lora
 from unipic2.trainer.kontext_pipeline import StableDiffusion3KontextPipeline
 from unipic2.trainer.kontext_transformer import SD3Transformer2DKontextModel
@@ -180,7 +181,18 @@ def lora(pipeline, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def comfyui(models_folder, inputs, lora, tmp_path_factory):
+def qwen_lora(metaquery, tmp_path_factory):
+    """`(MetaQuery pipeline with a LoRA in its language model, folder that `vlm_lora.save_lora` wrote)`."""
+    trained, folder = copy.deepcopy(metaquery), tmp_path_factory.mktemp("qwen_lora")
+    generator = torch.Generator().manual_seed(3)
+    for weight in vlm_lora.add_lora(trained.text_encoder, r=4, alpha=10, seed=0):
+        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    vlm_lora.save_lora(trained.text_encoder, folder)
+    return trained, folder
+
+
+@pytest.fixture(scope="session")
+def comfyui(models_folder, inputs, lora, qwen_lora, tmp_path_factory):
     """`(tensors, report)` of one ComfyUI process that loaded the pack by path and ran every case.
 
     It costs ComfyUI's start (about 10 s) once. `report` holds texts and figures; see `comfyui_process.py`.
@@ -191,6 +203,7 @@ def comfyui(models_folder, inputs, lora, tmp_path_factory):
     pack.symlink_to(PACK, target_is_directory=True)
     save_file(inputs, folder / "inputs.safetensors")
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
+    shutil.copy(qwen_lora[1] / COMFYUI_LORA, folder / "qwen_lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
     (folder / "diffusion_models").mkdir()
     (folder / "edit_negative.json").write_text(json.dumps(DEFAULT_EDIT_NEGATIVE_PROMPT))

@@ -5,7 +5,10 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from unipic2.cli.comfyui import resolve_install
+from unipic2.core.checkpoint import read_header
+from unipic2.core.files import COMFYUI_LORA
 from unipic2.core.prompts import POSITIONS
+from unipic2.trainer import vlm_lora
 from unipic2.trainer.query_states import build_prefix, query_states
 
 from .conftest import METAQUERY_PROMPTS, VISION_SIZES
@@ -71,6 +74,35 @@ def test_eight_bit_weights_are_accepted(comfyui, metaquery, inputs):
     states, _ = expected(metaquery, inputs, "x", "vision.64x64", "1d")
     difference = (comfyui[0]["metaquery.fp8"] - states).abs().mean() / states.abs().mean()
     assert 1e-4 < difference < 0.3
+
+
+def test_a_lora_of_the_language_model_by_the_stock_loader(comfyui, qwen_lora, metaquery, inputs):
+    tensors, _ = comfyui
+    same = (inputs, METAQUERY_PROMPTS[0], "vision.96x64", "1d")
+    with_lora, without = (expected(pipe, *same)[0] for pipe in (qwen_lora[0], metaquery))
+    assert (with_lora - without).abs().max() > 1e-2
+    assert (tensors["metaquery.with_lora"] - with_lora).abs().max() <= 1e-4
+    assert (tensors["metaquery.without_lora"] - without).abs().max() <= 1e-4
+
+
+def test_published_sizes_have_the_names_that_such_a_lora_has(comfyui, tmp_path):
+    """Of 7B by ComfyUI's own CLIP; of 3B by the name in its source."""
+    text = {"num_hidden_layers": 1, "intermediate_size": 8, "num_key_value_heads": 1, "vocab_size": 8}
+    for width, heads, name in ((3584, 28, "qwen25_7b"), (2048, 16, "qwen25_3b")):
+        config = Qwen2_5_VLConfig(
+            text_config={**text, "hidden_size": width, "num_attention_heads": heads},
+            vision_config={"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 8},
+        )
+        vlm = Qwen2_5_VLForConditionalGeneration(config)
+        vlm_lora.add_lora(vlm, 1, 2, seed=0)
+        vlm_lora.save_lora(vlm, tmp_path / name)
+        keys = {key.rsplit(".lora_", 1)[0] for key in read_header(tmp_path / name / COMFYUI_LORA).shapes}
+        keys = {key for key in keys if not key.endswith(".alpha")}
+        assert len(keys) == 4 and all(key.startswith(f"text_encoders.{name}.") for key in keys)
+        if width == 3584:
+            assert keys <= set(comfyui[1]["qwen_7b_lora_keys"])
+    source = resolve_install().root / "comfy/text_encoders/omnigen2.py"
+    assert 'name="qwen25_3b"' in source.read_text(encoding="utf-8")
 
 
 def test_load_clips_own_qwen_gives_the_same(comfyui, metaquery):

@@ -20,6 +20,7 @@ from transformers import (
 from unipic2.core.errors import InputError
 from unipic2.trainer.rewards.clip import Clip, ClipScore
 from unipic2.trainer.rewards.geneval import COLORS, Found, GenEval, Mask2Former, relations
+from unipic2.trainer.rewards.registry import RewardArguments
 
 PICTURE = Image.new("RGB", (100, 100), "white")
 RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -173,6 +174,16 @@ def test_clip_score_is_the_cosine_of_clips_own_output(clip_folder):
     whole = clip.model(**tokens, pixel_values=pixels)
     torch.testing.assert_close(torch.tensor(found), (whole.text_embeds * whole.image_embeds).sum(1))
     assert score(prompts, images, source_image=[PICTURE, None])[0] is None
+
+
+@pytest.mark.parametrize("name", ["pick_score", "hps_v2"])
+def test_scores_of_peoples_choices_are_the_cosine_by_their_own_model(clip_folder, name):
+    arguments = RewardArguments(reward_funcs=[name], **{f"{name}_name_or_path": str(clip_folder)})
+    (score,) = arguments.load_rewards(torch.device("cpu"))
+    images = [Image.new("RGB", (40, 32), color) for color in ("red", "blue")]
+    given = {"prompts": ["red", "blue"], "images": images, "source_image": [None, images[0]]}
+    assert score.__name__ == name and score(**given) == ClipScore(Clip(str(clip_folder)))(**given)
+    assert score(**given)[1] is None
 
 
 def test_a_real_detector(tmp_path, clip_folder):

@@ -1,5 +1,6 @@
 """MetaQuery: states of the queries, the pipeline around them, its files, and its training."""
 
+import copy
 import json
 import math
 import shutil
@@ -8,16 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from unipic2.core.checkpoint import read_header
 from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.errors import InputError
 from unipic2.core.prompts import POSITIONS, metaquery_segments
-from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer, metaquery
+from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer, metaquery, vlm_lora
+from unipic2.trainer.data.buckets import aspect_buckets
+from unipic2.trainer.data.cache import Cache, CachedPairs, build_cache
+from unipic2.trainer.data.pairs import PairDataset
+from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.metaquery import load_metaquery, main, parse
+from unipic2.trainer.metaquery_pipeline import is_metaquery
 from unipic2.trainer.metaquery_trainer import PrefixStore
 from unipic2.trainer.micro import vlm as module
 from unipic2.trainer.query_states import build_prefix, query_states, remember, token_ids
 from unipic2.trainer.script import open_model
 from unipic2.trainer.stages import parse_stages
+from unipic2.trainer.vlm_lora import own_weights
 
 PROMPTS = ["a red circle", "", "two blue squares left of three very small green triangles"]
 
@@ -334,6 +343,189 @@ def test_the_store_lets_go_of_what_was_used_longest_ago(make_pipeline, pixels):
     torch.testing.assert_close(mixed.keys, remember(pipe.text_encoder, pipe.prefix(["a", "a"], seen[:2] / 255)).keys)
 
 
+# --- LoRAs of the language model
+
+
+@pytest.fixture
+def make_own(make_pipeline, vlm):
+    """Return a function that builds the same pipeline each time, with a Qwen2.5-VL of its own."""
+
+    def make():
+        pipe = make_pipeline()
+        pipe.text_encoder = copy.deepcopy(vlm)
+        return pipe
+
+    return make
+
+
+def test_a_lora_of_the_language_model_is_trained_beside_the_queries(make_own, tmp_path):
+    pipe = make_own()
+    before = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
+    states = pipe.encode_conditions(["a"])[0]
+    trainer = MetaQueryTrainer(pipe, settings(tmp_path, vlm_lora_r=2, learning_rate=0.0), Samples())
+    assert torch.equal(pipe.encode_conditions(["a"])[0], states), "a new one changes nothing"
+    trainer, of_connector, _ = trained(make_own(), settings(tmp_path, vlm_lora_r=2, learning_rate=3e-2, max_steps=3))
+    vlm = trainer.pipeline.text_encoder
+    assert not changed(before, nn_of(own_weights(vlm))) and own_weights(vlm).keys() == before.keys()
+    weights = dict(trainer.model.vlm_lora.named_parameters())
+    assert len(weights) == 2 * 4 * vlm.config.text_config.num_hidden_layers and of_connector
+    assert all(p.requires_grad and p.dtype == torch.float32 and p.abs().max() > 0 for p in weights.values())
+
+
+class nn_of(torch.nn.Module):
+    """Gives tensors a `state_dict`."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+
+def test_the_prompt_is_read_with_gradients_where_a_lora_is_trained(make_own, tmp_path):
+    """Else only its queries' part would learn."""
+    pipe = make_own()
+    trainer = MetaQueryTrainer(pipe, settings(tmp_path, vlm_lora_r=2), Samples())
+    inputs = trainer.collate([Samples()[4], Samples()[5]])
+    prefix = trainer.text_of(inputs, torch.device("cpu"))
+    for weight in trainer.model.vlm_lora:
+        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for kept in (prefix, remember(pipe.text_encoder, prefix)):
+        states = query_states(pipe.text_encoder, pipe.conditioner.meta_queries, kept)
+        grads.append(torch.autograd.grad(states.pow(2).sum(), list(trainer.model.vlm_lora)))
+    assert max((a - b).abs().max() for a, b in zip(*grads, strict=True)) > 1e-3
+
+
+def test_a_lora_comes_back_and_goes_on(make_own, tmp_path):
+    make_own().save_pretrained(tmp_path / "base")
+    pipe = open_model(tmp_path / "base", torch_dtype=torch.float32)
+    args = settings(tmp_path / "run", vlm_lora_r=2, vlm_lora_alpha=8, learning_rate=3e-2, use_ema=False)
+    trainer, _, _ = trained(pipe, args)
+    trainer.export(tmp_path / "export")
+    folder = tmp_path / "export/text_encoder_lora"
+    names = {file.name for file in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "comfyui_lora.safetensors"} <= names
+    assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
+    again = open_model(tmp_path / "export", torch_dtype=torch.float32)
+    states = [p.encode_conditions(["a red circle"])[0] for p in (pipe, again)]
+    torch.testing.assert_close(*states)
+    with vlm_lora.without_lora(again.text_encoder):
+        assert (again.encode_conditions(["a red circle"])[0] - states[1]).abs().max() > 1e-4
+    assert not any(p.requires_grad for p in again.text_encoder.parameters())
+    base = open_model(tmp_path / "base", torch_dtype=torch.float32)
+    picture = Image.new("RGB", (64, 64), "red")
+    assert again.answer("what?", picture, max_new_tokens=5) == base.answer("what?", picture, max_new_tokens=5)
+    assert not any(p.requires_grad for p in again.text_encoder.parameters())
+    again.save_pretrained(tmp_path / "saved")
+    once_more = open_model(tmp_path / "saved", torch_dtype=torch.float32)
+    torch.testing.assert_close(once_more.encode_conditions(["a red circle"])[0], states[1])
+    # Frozen, its prefixes can be kept; trained, it has to be the same LoRA.
+    kept, _, _ = trained(again, settings(tmp_path / "frozen", prefix_cache_gib=0.01, max_steps=1))
+    assert len(kept.model.vlm_lora) == 0
+    MetaQueryTrainer(once_more, settings(tmp_path / "more", vlm_lora_r=2, vlm_lora_alpha=8), Samples())
+    with pytest.raises(InputError, match="vlm_lora_r: found 4 with vlm_lora_alpha 8, expected 2 with 8"):
+        MetaQueryTrainer(once_more, settings(tmp_path / "x", vlm_lora_r=4, vlm_lora_alpha=8), Samples())
+
+
+def test_peft_reads_it_too(make_own, tmp_path):
+    from peft import PeftModel
+
+    pipe = make_own()
+    trainer, _, _ = trained(pipe, settings(tmp_path / "run", vlm_lora_r=2, learning_rate=3e-2, use_ema=False))
+    trainer.export(tmp_path / "export")
+    plain = make_own()
+    lora = PeftModel.from_pretrained(plain.text_encoder.model.language_model, tmp_path / "export/text_encoder_lora")
+    embeds = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (m(inputs_embeds=embeds).last_hidden_state for m in (lora, pipe.text_encoder.model.language_model))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_run_with_a_lora_goes_on_bit_for_bit(make_own, tmp_path):
+    changes = {"lr_scheduler_type": "constant", "vlm_lora_r": 2}
+    whole, stopped = make_own(), make_own()
+    trained(whole, settings(tmp_path / "a", max_steps=4, **changes))
+    MetaQueryTrainer(make_own(), settings(tmp_path / "b", max_steps=2, **changes), Samples()).train()
+    args = settings(tmp_path / "b", max_steps=4, **changes)
+    MetaQueryTrainer(stopped, args, Samples()).train(resume_from_checkpoint=True)
+    states = [p.text_encoder.state_dict() for p in (whole, stopped)]
+    assert any(".lora_" in name for name in states[0])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_lora_that_does_not_fit_is_named(make_own, tmp_path):
+    pipe = make_own()
+    pipe.save_pretrained(tmp_path / "model")
+    vlm_lora.add_lora(pipe.text_encoder, 2, 4, seed=0)
+    vlm_lora.save_lora(pipe.text_encoder, tmp_path / "lora")
+    for name, change, words in (
+        ("a", lambda f: (f / "adapter_model.safetensors").unlink(), "no such file"),
+        ("b", lambda f: (f / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 4}'), "of rank 3"),
+        ("c", lambda f: (f / "adapter_config.json").write_text("{}"), "no r or lora_alpha"),
+    ):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+        shutil.copytree(tmp_path / "lora", tmp_path / name / "text_encoder_lora")
+        change(tmp_path / name / "text_encoder_lora")
+        with pytest.raises(InputError, match=words):
+            MetaQueryPipeline.from_pretrained(tmp_path / name)
+
+
+# --- data
+
+
+def test_latents_come_out_of_a_cache(make_pipeline, pairs_file, tmp_path):
+    """Texts do not: they are read as without one, and the language model sees the pictures of edits."""
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    argv = ["--model_name_or_path", str(tmp_path / "mq"), "--dataset_name", str(pairs_file), "--use_cpu"]
+    argv += "--resolution 64 --max_aspect 1 --max_steps 4 --learning_rate 1e-2 --per_device_train_batch_size 2".split()
+    argv += "--report_to none --disable_tqdm true --export_dtype float32 --save_strategy no --preview_steps 4".split()
+    argv += "--preview_inference_steps 1 --vision_dropout 0".split()
+    cached = ["--cache_dir", str(tmp_path / "cache"), "--cache_dtype", "float32"]
+    states = []
+    for name, flags in (("plain", []), ("cached", cached), ("again", cached)):
+        assert main([*argv, "--output_dir", str(tmp_path / name), *flags]) == 0
+        folder = tmp_path / name / "export/conditioner"
+        states.append(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        shards = [read_header(file).shapes for file in (tmp_path / "cache").glob("shard-*")] if flags else []
+        assert not any(key.startswith("text ") for shapes in shards for key in shapes)
+        assert len(list((tmp_path / name / "previews").glob("*.png"))) == 1
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(states[1][key], states[2][key])
+
+
+def test_a_picture_that_is_gone_after_it_was_encoded_is_named(make_pipeline, pairs_file, tmp_path):
+    shutil.copytree(pairs_file.parent, tmp_path / "data")
+    pairs = PairDataset([open_source(str(tmp_path / "data/data.jsonl"))], aspect_buckets(64))
+    cache = Cache(tmp_path / "cache", "this VAE")
+    build_cache(pairs, cache, make_pipeline(), torch.float32, torch.device("cpu"))
+    cached = CachedPairs(pairs, cache, with_sources=True)
+    sample, plain = cached[1], pairs[1]
+    assert torch.equal(sample["source_pixels"], plain["ref_pixel_values"]) and "text" not in sample
+    assert "source_pixels" not in cached[0]
+    (tmp_path / "data/s1.png").unlink()
+    with pytest.raises(InputError, match="since it was encoded"):
+        cached[1]
+
+
+def test_it_reads_a_stream(make_pipeline, pairs_file, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    argv = [
+        "--model_name_or_path",
+        str(tmp_path / "mq"),
+        "--dataset_name",
+        str(pairs_file),
+        "--use_cpu",
+        "--streaming",
+    ]
+    argv += "--resolution 64 --max_aspect 1 --max_steps 2 --per_device_train_batch_size 2 --report_to none".split()
+    argv += ["--preview_steps", "0", "--output_dir", str(tmp_path / "run")]
+    assert main(argv) == 0
+    assert is_metaquery(tmp_path / "run/export")
+
+
 def test_some_pictures_are_hidden_from_the_language_model(make_pipeline, tmp_path):
     trainer = MetaQueryTrainer(make_pipeline(), settings(tmp_path, vision_dropout=0.5), Samples())
     rows = [{**Samples()[4 + i % 4], "draw_seed": 1} for i in range(64)]
@@ -369,6 +561,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_pipeline, tmp_path, gib):
         ({"transformer_learning_rate": 0, "trainable": "full"}, "transformer_learning_rate"),
         ({"trainable": "some"}, "none, full, attention"),
         ({"attention_backend": "flash"}, "attention_backend"),
+        ({"vlm_lora_r": -1}, "vlm_lora_r"),
+        ({"vlm_lora_r": 4, "prefix_cache_gib": 1.0}, "prefix_cache_gib: found vlm_lora_r too"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(tmp_path, changes, words):
@@ -388,8 +582,6 @@ def test_how_positions_were_trained_is_kept(make_pipeline, tmp_path):
 
 
 def test_a_language_model_in_bfloat16_trains_a_connector_in_float32(make_pipeline, tmp_path, vlm):
-    import copy
-
     pipe = make_pipeline()
     pipe.text_encoder = copy.deepcopy(vlm).bfloat16()
     _, of_connector, _ = trained(pipe, settings(tmp_path, max_steps=1, save_strategy="no"))
@@ -550,8 +742,6 @@ def test_the_command_says_what_it_does_not_do(tmp_path):
     common = ["--model_name_or_path", "m", "--output_dir", str(tmp_path)]
     with pytest.raises(InputError, match="use_peft"):
         parse([*common, "--use_peft"])
-    with pytest.raises(InputError, match="prefix_cache_gib"):
-        parse([*common, "--cache_dir", str(tmp_path), "--dataset_name", "pairs.jsonl"])
     with pytest.raises(InputError, match="num_queries"):
         parse([*common, "--num_querys", "3"])
 

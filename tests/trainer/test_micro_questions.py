@@ -1,5 +1,6 @@
 """Questions about the micro world and the small Qwen2.5-VL that learns to answer them."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 import torch
 from unipic2.trainer.micro import vlm as module
 from unipic2.trainer.micro.questions import KINDS, PICTURE_KINDS, Question, ask, describe_scene, listed
-from unipic2.trainer.micro.tasks import is_held_out
+from unipic2.trainer.micro.tasks import SIDES, is_held_out
 from unipic2.trainer.micro.vlm import QuestionDataset, question_accuracy, train_vlm
 from unipic2.trainer.micro.world import COLORS, GROUNDS, SHAPES, Scene, Thing
+
+
+def quarter(x: int, y: int) -> str:
+    return f"{'top' if y < 32 else 'bottom'} {'left' if x < 32 else 'right'}"
 
 
 def right(question: Question) -> str | None:
@@ -30,7 +35,7 @@ def right(question: Question) -> str | None:
         return ["none", "one", "two", "three", "four"][count]
     if question.kind == "where":
         thing = next(t for t in things if t.name == " ".join(words[-2:]))
-        return f"{'top' if thing.y < 32 else 'bottom'} {'left' if thing.x < 32 else 'right'}"
+        return quarter(thing.x, thing.y)
     if question.kind == "beside":
         other = next(t for t in things if t.name == " ".join(words[-2:]))
         thing = next(t for t in things if t is not other)
@@ -68,8 +73,35 @@ def test_prompts_and_instructions_keep_to_their_side_of_the_split():
     assert all(ask(rng, "prompt").scene is None for _ in range(20))
 
 
+def test_prompts_say_what_is_at_which_side():
+    rng = np.random.default_rng(3)
+    questions = [ask(rng, "order") for _ in range(200)]
+    assert {q.text.split()[-1] for q in questions} == {"left?", "right?", "top?", "bottom?"}
+    for question in questions:
+        prompt, asked = question.text.removeprefix("a picture of ").split(". what is at the ")
+        first, relation, second = re.fullmatch(r"(a \w+) (left of|right of|above|below) (a \w+)", prompt).groups()
+        sides = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
+        assert question.scene is None
+        assert question.answer == (first if sides[relation] == asked.rstrip("?") else second)
+    assert {q.answer in q.text.split(" a ")[0] for q in questions} == {True, False}, "both things are asked for"
+
+
+def test_instructions_say_where_a_thing_goes():
+    """The side is in the words, the other half of the answer in the picture."""
+    rng = np.random.default_rng(4)
+    questions = [ask(rng, "moved") for _ in range(200)]
+    assert {q.answer for q in questions} == {"top left", "top right", "bottom left", "bottom right"}
+    for question in questions:
+        pattern = r"move the (\w+ \w+) to the (\w+)\. where is the (\w+ \w+) then\?"
+        name, side, asked = re.fullmatch(pattern, question.text).groups()
+        thing = next(t for t in question.scene.things if t.name == name)
+        x = {"left": 0, "right": 63}.get(side, thing.x)
+        y = {"top": 0, "bottom": 63}.get(side, thing.y)
+        assert asked == name and question.answer == quarter(x, y)
+
+
 def test_each_word_is_one_token(vlm_tokenizer):
-    for word in (*SHAPES, *COLORS, *GROUNDS, "left", "right", "top", "bottom", "background"):
+    for word in (*SHAPES, *COLORS, *GROUNDS, *SIDES, "above", "below", "background"):
         assert len(vlm_tokenizer(f"a {word}").input_ids) == 2, word
     assert {len(build.input_ids) for build in map(vlm_tokenizer, ("<|im_start|>", "<|image_pad|>"))} == {1}
     text = "make <it> 3 times ü"
@@ -109,16 +141,16 @@ def test_it_learns_and_is_frozen(vlm_tokenizer, make_vlm, tmp_path):
 
 def test_accuracy_counts_what_is_right_word_for_word(vlm_tokenizer, make_vlm, monkeypatch):
     vlm = make_vlm()
-    scores, _ = question_accuracy(vlm, vlm_tokenizer, 18, seed=0)
-    assert scores["accuracy"] == 0 and scores["n"] == 18 and set(scores["kinds"]) == set(KINDS)
+    scores, _ = question_accuracy(vlm, vlm_tokenizer, 2 * len(KINDS), seed=0)
+    assert scores["accuracy"] == 0 and scores["n"] == 2 * len(KINDS) and set(scores["kinds"]) == set(KINDS)
 
     def cheat(vlm, tokenizer, collator, questions, length):
         return [q.answer if q.kind == "color" else f"{q.answer}s" for q in questions]
 
     monkeypatch.setattr(module, "_answer", cheat)
-    scores, given = question_accuracy(vlm, vlm_tokenizer, 18, seed=0)
-    assert scores["kinds"]["color"] == 1 and scores["accuracy"] == round(2 / 18, 4)
-    assert len({(q.text, q.scene) for q, _ in given}) == 18
+    scores, given = question_accuracy(vlm, vlm_tokenizer, 2 * len(KINDS), seed=0)
+    assert scores["kinds"]["color"] == 1 and scores["accuracy"] == round(1 / len(KINDS), 4)
+    assert len({(q.text, q.scene) for q, _ in given}) == 2 * len(KINDS)
 
 
 def test_batched_answers_are_those_of_each_alone(vlm_tokenizer, make_vlm, randomise):

@@ -3,6 +3,8 @@
 A cache folder has `cache.json` (what encoded it) and shards of some hundred rows. Each row is found by a key made of
 its text, its pictures and its size, so rows may be added, mended or reordered: only what is new is encoded. Building
 can be stopped at any point; whole shards are kept.
+
+MetaQuery's cache holds no texts: its queries are trained, and so are the states behind them.
 """
 
 import hashlib
@@ -29,16 +31,17 @@ _ENCODERS = ("vae", *(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for
 _SETTINGS = (".json", ".txt", ".model")
 
 
-def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype) -> str:
+def fingerprint(folder: Path, dtype: torch.dtype, encoder_dtype: torch.dtype, texts: bool = True) -> str:
     """Return a digest of all that a cache's contents depend on beside the rows. Nothing is loaded for it.
 
     Args:
         folder: pipeline in the published layout; files of its VAE, text encoders and tokenizers are read.
         dtype: type in which latents and text states are stored.
         encoder_dtype: type in which the encoders compute.
+        texts: False leaves text encoders and tokenizers out, for a cache without texts.
     """
     digest = hashlib.blake2b(f"3 {dtype} {encoder_dtype}".encode(), digest_size=16)
-    for name in _ENCODERS:
+    for name in _ENCODERS if texts else ("vae",):
         component = component_dir(folder, name)
         if not component.is_dir():
             continue
@@ -143,6 +146,8 @@ def _missing_rows(cache: Cache, dataset: PairDataset) -> list[int]:
 
 
 def _missing_texts(cache: Cache, dataset: PairDataset, pipeline) -> list[str]:
+    if pipeline.sees_pictures:
+        return []
     texts = ["", *dataset.prompts]  # the empty one for caption dropout
     if any(dataset.is_edit):
         texts.append(pipeline.default_negative_prompt(is_edit=True))  # for previews
@@ -158,7 +163,7 @@ def build_cache(
     Args:
         dataset: the rows.
         cache: of this pipeline's encoders.
-        pipeline: its VAE and text encoders encode, and are back on the CPU afterwards.
+        pipeline: its VAE and text encoders encode, and are back on the CPU afterwards; of MetaQuery the VAE alone.
         dtype: type in which latents and text states are stored.
         device: where encoding runs.
         batch_size: pictures, or texts, encoded at a time.
@@ -166,7 +171,7 @@ def build_cache(
     Raises:
         InputError: as `PairDataset`, or the cache cannot be written.
     """
-    encoders = [pipeline.vae, *pipeline.text_encoders]
+    encoders = [pipeline.vae, *(() if pipeline.sees_pictures else pipeline.text_encoders)]
     for module in encoders:
         module.eval().to(device)
     try:
@@ -239,10 +244,16 @@ class CachedPairs(torch.utils.data.Dataset):
     """Samples of a `PairDataset` with `latents`, `ref_latents` and `text` (states, pooled) out of a cache.
 
     Rows that turned out broken while they were encoded are left out, and counted as broken.
+
+    Args:
+        dataset: the rows.
+        cache: what `build_cache` made of them.
+        with_sources: for MetaQuery, which reads texts itself: samples have no `text`, and those of edits have
+            `source_pixels`, uint8 (3, H, W), out of the data.
     """
 
-    def __init__(self, dataset: PairDataset, cache: Cache):
-        self.pairs, self.cache = dataset, cache
+    def __init__(self, dataset: PairDataset, cache: Cache, with_sources: bool = False):
+        self.pairs, self.cache, self.with_sources = dataset, cache, with_sources
         keys = [row_key(dataset, i) for i in range(len(dataset))]
         self.rows = [i for i, key in enumerate(keys) if f"{key} latents" in cache]
         for i, key in enumerate(keys):
@@ -266,10 +277,22 @@ class CachedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         key, prompt = row_key(self.pairs, row), self.pairs.prompts[row]
-        sample = {"prompt": prompt, "text": self.text_of(prompt), "source_id": self.pairs.source_ids[row]}
+        sample = {"prompt": prompt, "source_id": self.pairs.source_ids[row]}
+        if not self.with_sources:
+            sample["text"] = self.text_of(prompt)
         sample["latents"] = self.cache[f"{key} latents"].float()
         if self.is_edit[index]:
             sample["ref_latents"] = self.cache[f"{key} ref_latents"].float()
+            if self.with_sources:
+                sample["source_pixels"] = self._source(row)
         if f"{key} mask" in self.cache:
             sample["loss_mask"] = self.cache[f"{key} mask"].float()
         return sample
+
+    def _source(self, row: int) -> torch.Tensor:
+        """Return what an edit starts from. Raises InputError where it was whole when it was encoded and is not now."""
+        try:
+            return self.pairs.read_source(row)
+        except BrokenRow as broken:
+            remedy = "Put it back, or start again: rows that are broken by then are left out."
+            raise InputError("training data", found=f"{broken}, since it was encoded", remedy=remedy) from None

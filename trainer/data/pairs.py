@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ...core.errors import InputError
 from .buckets import nearest_bucket
-from .sources import BrokenRow, Pair, Source, measure, read_pair
+from .sources import BrokenRow, Pair, Source, measure, read_pair, read_picture
 
 _LATENT_FACTOR = 8  # pixels of a latent's edge
 
@@ -113,6 +113,20 @@ class PairDataset(torch.utils.data.Dataset):
         source = self.sources[number]
         pair = read_pair(source.rows[row], source.columns, source.root)
         return {**sample_of(pair, self.buckets[index]), "source_id": self.source_ids[index]}
+
+    def read_source(self, index: int) -> torch.Tensor:
+        """Return the picture that an edit starts from, as a sample's `ref_pixel_values`.
+
+        Raises:
+            BrokenRow: it cannot be read.
+        """
+        number, row = self.places[index]
+        source = self.sources[number]
+        column = source.columns.source
+        picture = read_picture(source.rows[row][column], column, source.root)
+        if picture is None:
+            raise BrokenRow(f"no picture in {column}")
+        return _pixels(picture, self.buckets[index])
 
     def note_broken(self, index: int, reason: str) -> None:
         """Count a row as broken, and say so once.

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.micro import IMAGE_SIZE
-from .tasks import EDIT_KINDS, RELATIONS, T2I_KINDS, relation_of, sample_edit, sample_t2i
+from .tasks import EDIT_KINDS, RELATIONS, SIDES, T2I_KINDS, relation_of, sample_edit, sample_t2i
 from .world import COLORS, SHAPES, Scene, Thing, sample_looks, sample_scene
 
 PICTURE_KINDS = ("what", "how_many", "color", "where", "beside", "exists", "describe")
 """Questions about a picture."""
-TASK_KINDS = ("prompt", "edit")
-"""What a prompt asks for, without a picture, and what an instruction makes of one: the words of both tasks."""
+TASK_KINDS = ("prompt", "order", "edit", "moved")
+"""What a prompt asks for and on which side, without a picture; what an instruction makes of one, and where: the words
+of both tasks."""
 KINDS = (*PICTURE_KINDS, *TASK_KINDS)
 _NUMBERS = ("none", "one", "two", "three", "four")
-_CLEAR = 3  # pixels from the middle before a quarter of the picture is named
+_CLEAR = 6  # pixels from the middle before a quarter of the picture is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,17 @@ def ask(rng: np.random.Generator, kind: str, held_out: bool = False) -> Question
     while True:
         if kind == "prompt":
             return _about_prompt(rng, held_out)
+        if kind == "order":
+            return _about_order(rng, held_out)
         if kind == "edit":
             task = sample_edit(rng, EDIT_KINDS[rng.integers(len(EDIT_KINDS))], held_out)
             return Question(kind, f"{task.prompt}. what is there then?", describe_scene(task.target), task.source)
+        if kind == "moved":
+            task = sample_edit(rng, "move", held_out)
+            thing = task.target.things[task.index]
+            if (quarter := _quarter(thing)) is None:
+                continue
+            return Question(kind, f"{task.prompt}. where is the {thing.name} then?", quarter, task.source)
         scene = _scene(rng)
         found = _about_picture(rng, kind, scene)
         if found is not None:
@@ -65,16 +74,25 @@ def _scene(rng: np.random.Generator) -> Scene:
 
 def _about_prompt(rng: np.random.Generator, held_out: bool) -> Question:
     task = sample_t2i(rng, T2I_KINDS[rng.integers(len(T2I_KINDS))], held_out)[0]
-    if task.relation is not None and rng.random() < 0.5:
-        first, second = (shape for shape, _ in task.looks)
-        sides = dict(zip(RELATIONS, ("left", "right", "top", "bottom"), strict=True))
-        other = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-        side = sides[task.relation]
-        if rng.random() < 0.5:
-            return Question("prompt", f"{task.prompt}. what is at the {side}?", f"a {first}", None)
-        return Question("prompt", f"{task.prompt}. what is at the {other[side]}?", f"a {second}", None)
     names = [shape if color is None else f"{color} {shape}" for shape, color in task.looks]
     return Question("prompt", f"{task.prompt}. what is there?", listed(names), None)
+
+
+def _about_order(rng: np.random.Generator, held_out: bool) -> Question:
+    """Ask what is at one side, of a prompt that says how two things stand to each other."""
+    task = sample_t2i(rng, "position", held_out)[0]
+    at = RELATIONS.index(task.relation)
+    chosen = int(rng.integers(2))
+    side = SIDES[at if chosen == 0 else at ^ 1]  # the second thing is at the other one
+    return Question("order", f"{task.prompt}. what is at the {side}?", f"a {task.looks[chosen][0]}", None)
+
+
+def _quarter(thing: Thing) -> str | None:
+    """Return the quarter of the picture in which a thing is, None near the middle."""
+    x, y = thing.x - IMAGE_SIZE // 2, thing.y - IMAGE_SIZE // 2
+    if min(abs(x), abs(y)) < _CLEAR:
+        return None
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
 
 
 def _about_picture(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str] | None:
@@ -104,14 +122,10 @@ def _about_picture(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[s
             return None
         return f"what color is the {thing.shape}?", thing.color
     if kind == "where":
-        middle = IMAGE_SIZE // 2
-        off = thing.x - middle, thing.y - middle
-        if min(map(abs, off)) < _CLEAR or sum(t.name == thing.name for t in things) > 1:
+        quarter = _quarter(thing)
+        if quarter is None or sum(t.name == thing.name for t in things) > 1:
             return None
-        return (
-            f"where is the {thing.name}?",
-            f"{'top' if off[1] < 0 else 'bottom'} {'left' if off[0] < 0 else 'right'}",
-        )
+        return f"where is the {thing.name}?", quarter
     if kind == "beside":
         if len(things) != 2 or things[0].name == things[1].name:
             return None

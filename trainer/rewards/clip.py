@@ -10,7 +10,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from ...core.errors import InputError
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-PICK_SCORE, PICK_SCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PREFERENCES = {"pick_score": "yuvalkirstain/PickScore_v1", "hps_v2": "adams-story/HPSv2-hf"}
+"""CLIP models that were trained on people's choices, by the reward's name; HPSv2 as converted for transformers."""
+PREFERENCES_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""What both were trained from; their repositories hold no processor of their own."""
 
 
 @contextmanager
@@ -71,8 +74,9 @@ class Clip:
 class ClipScore:
     """Reward function: the cosine of picture and prompt, -1 to 1 (CLIPScore, arXiv 2104.08718, without its factor).
 
-    With the weights of PickScore (arXiv 2305.01569), which was trained on people's choices, it is that score over its
-    own factor, about 0.2. Edits get None: their prompt is an instruction, not a description.
+    With the weights of PickScore (arXiv 2305.01569) or HPSv2 (arXiv 2306.09341), trained on people's choices, it is
+    their score, over PickScore's own factor: about 0.2 and 0.3. Edits get None: their prompt is an instruction, not a
+    description.
 
     Args:
         clip: the model.
