@@ -8,6 +8,7 @@ The tests beside this file compare them with the trainer's models; nothing is ju
 
 import asyncio
 import copy
+import importlib.util
 import json
 import logging
 import sys
@@ -52,8 +53,11 @@ report: dict = {}
 
 
 def node(name, **arguments):
-    """Run a V3 node and return its outputs."""
-    return nodes.NODE_CLASS_MAPPINGS[name].execute(**arguments).args
+    """Run a node and return its outputs; some of ComfyUI's own became V3 nodes later."""
+    found = nodes.NODE_CLASS_MAPPINGS[name]
+    if not hasattr(found, "execute"):
+        return getattr(found(), found.FUNCTION)(**arguments)
+    return found.execute(**arguments).args
 
 
 def loaded(model):
@@ -325,6 +329,8 @@ def loader(model, vae):
 
 def dynamic_vram():
     """Load with layers that have no weights before they are loaded, as ComfyUI's have by default on NVIDIA."""
+    if importlib.util.find_spec("comfy.memory_management") is None:
+        return
     import comfy.memory_management
 
     if not hasattr(comfy.memory_management, "aimdo_enabled"):

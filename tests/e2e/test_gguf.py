@@ -1,0 +1,34 @@
+"""MetaQuery on a GGUF CLIP of the ComfyUI-GGUF pack.
+
+    COMFYUI_GGUF_PATH=ComfyUI/custom_nodes/ComfyUI-GGUF pytest -m slow tests/e2e/test_gguf.py
+
+The pack is another project's, so it is named, and its own requirement (`gguf`) is in ComfyUI's Python.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from unipic2.cli.comfyui import resolve_install
+
+HERE = Path(__file__).resolve().parent
+GGUF_PATH = os.environ.get("COMFYUI_GGUF_PATH")
+
+
+@pytest.mark.slow
+@pytest.mark.comfyui
+@pytest.mark.skipif(GGUF_PATH is None, reason="COMFYUI_GGUF_PATH names no ComfyUI-GGUF")
+def test_a_quantized_clip_gives_the_states_of_its_weights(tmp_path):
+    install = resolve_install()
+    pack = tmp_path / "ComfyUI-UniPic2"
+    pack.symlink_to(HERE.parents[1], target_is_directory=True)
+    (tmp_path / "work").mkdir()
+    command = [install.python, HERE / "gguf_process.py", install.root, pack, Path(GGUF_PATH), tmp_path / "work"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.pop("patcher") == "GGUFModelPatcher"
+    assert {name: found["difference"] < 2e-3 for name, found in report.items()} == dict.fromkeys(report, True), report
+    assert all(found["change"] > 0.01 for name, found in report.items() if "LoRA" in name), report
