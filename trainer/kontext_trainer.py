@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -191,6 +192,12 @@ class KontextTrainer(Trainer):
         self.add_callback(ReportCallback())
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Do as transformers does, with this trainer's torch_compile: accelerate keeps a process's first one."""
+        super().create_accelerator_and_postprocess()
+        backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend, mode=mode)
 
     def build_model(self, pipeline: StableDiffusion3KontextPipeline) -> KontextForTraining:
         """Return what one loss reaches."""

@@ -429,6 +429,22 @@ def test_a_compiled_run_is_the_plain_one_and_goes_on_without(make_trainer):
     assert not differences(weights(plain), weights(resumed)) and not differences(averages(plain), averages(resumed))
 
 
+def test_each_of_a_processs_trainers_is_compiled_or_not(make_small_pipeline, tmp_path):
+    """As in `unipic2 micro make`, which reads all settings before its VAE is trained."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    given = [
+        FlowMatchingConfig(
+            output_dir=str(tmp_path / str(i)), max_steps=1, per_device_train_batch_size=2, use_cpu=True,
+            report_to="none", save_strategy="no", disable_tqdm=True, **settings,
+        ) for i, settings in enumerate(({}, compiled, {}))
+    ]  # fmt: skip
+    found = []
+    for args in given:
+        trainer = trained(FlowMatchingTrainer(make_small_pipeline(), args, Samples()))
+        found.append(isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule))
+    assert found == [False, True, False]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_kernel_of_attention_is_chosen(make_trainer, checkpointing):
     settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "train_text_encoder": False}
