@@ -101,10 +101,16 @@ def save_lora(pipeline, folder: Path, metadata: dict[str, str] | None = None) ->
     pipeline.save_lora_weights(
         folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
     )
-    tensors = {f"transformer.{key}": tensor.contiguous() for key, tensor in layers.items()}
+    tensors, scale = comfyui_tensors(layers, config, "transformer.")
+    save_tensors(tensors, folder / COMFYUI_LORA, {**scale, **(metadata or {})})
+
+
+def comfyui_tensors(
+    layers: dict[str, torch.Tensor], config: LoraConfig, prefix: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file for ComfyUI's LoRA loaders: with an `.alpha` for each layer."""
+    tensors = {f"{prefix}{key}": tensor.contiguous() for key, tensor in layers.items()}
     for key in layers:
         if key.endswith(".lora_A.weight"):
-            alpha = torch.tensor(float(config.lora_alpha))
-            tensors[f"transformer.{key.removesuffix('.lora_A.weight')}.alpha"] = alpha
-    scale = {"unipic2.lora_r": str(config.r), "unipic2.lora_alpha": str(config.lora_alpha)}
-    save_tensors(tensors, folder / COMFYUI_LORA, {**scale, **(metadata or {})})
+            tensors[f"{prefix}{key.removesuffix('.lora_A.weight')}.alpha"] = torch.tensor(float(config.lora_alpha))
+    return tensors, {"unipic2.lora_r": str(config.r), "unipic2.lora_alpha": str(config.lora_alpha)}

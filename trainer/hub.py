@@ -22,6 +22,7 @@ _OF_ESTIMATORS = {
     "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
 }  # fmt: skip
 """Settings that these estimators alone read."""
+_OF_LORA = ("vlm_lora_r", "vlm_lora_alpha")
 _USE_LORA = """`comfyui_lora.safetensors` goes into ComfyUI's `models/loras`, for the stock LoRA loaders.
 `pytorch_lora_weights.safetensors` holds the same weights for diffusers' `load_lora_weights`."""
 _USE_MODEL = """The folder is in the published layout:
@@ -48,8 +49,8 @@ print(pipe.answer("What color is the car?", edited))
 ```
 
 In ComfyUI the connector is the file in `conditioner/`, put into `models/model_patches`; `unipic2 export` writes the
-transformer as one file. A LoRA of Qwen2.5-VL, if there is one, is `text_encoder_lora/comfyui_lora.safetensors`, which
-the stock Load LoRA puts onto the CLIP."""
+transformer as one file. A LoRA of Qwen2.5-VL, if there is one, is in `text_encoder_lora/`: the stock Load LoRA puts
+`comfyui_clip_lora.safetensors` onto the CLIP."""
 
 
 def model_card(
@@ -84,7 +85,7 @@ def model_card(
     use = _USE_LORA if lora else _USE_METAQUERY if metaquery else _USE_MODEL
     what = "A LoRA" if lora else "A MetaQuery model" if metaquery else "A transformer"
     shown = [name for name in _SHOWN if name in settings and estimator in _OF_ESTIMATORS.get(name, (estimator,))]
-    rows = [f"| {name} | {getattr(args, name)} |" for name in shown]
+    rows = [f"| {name} | {getattr(args, name)} |" for name in shown if name not in _OF_LORA or args.vlm_lora_r]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",

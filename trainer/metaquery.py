@@ -31,6 +31,13 @@ _METHOD = "MetaQuery"
 class MetaQueryArguments(PretrainArguments):
     """What is trained and on what. `model_name_or_path` may be a MetaQuery model, or one that gets a new connector."""
 
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for latents, encoded once before training, by the first process. Texts are not in it, and "
+            "sources of edits are read from the data, as Qwen2.5-VL sees them. None encodes beside training."
+        },
+    )
     num_queries: int | None = field(
         default=None, metadata={"help": "New connector: learned queries, one text token each; default 256."}
     )
@@ -123,6 +130,8 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
         "vlm_name_or_path": script_args.vlm_name_or_path,
         "positions": args.positions or pipeline.positions,
         "trainable": args.trainable,
+        "vlm_lora_r": args.vlm_lora_r,
+        "vlm_lora_alpha": args.vlm_lora_alpha,
     }
     check_identity(args, identity, resumed=checkpoint is not None)
     previews = previews_of(script_args, args, dataset)

@@ -53,7 +53,8 @@ class MetaQueryConfig(FlowMatchingConfig):
         default=0,
         metadata={
             "help": "Rank of LoRAs on the attention of Qwen2.5-VL's language model, trained with the queries and "
-            "exported beside it; 0 trains none. Questions are answered without them."
+            "exported beside it; 0 trains none. Questions are answered without them. gradient_checkpointing does not "
+            "reach the language model, whose activations of whole prompts are then kept."
         },
     )
     vlm_lora_alpha: int | None = field(
@@ -66,6 +67,12 @@ class MetaQueryConfig(FlowMatchingConfig):
             raise InputError("vlm_lora_r", found=self.vlm_lora_r, expected="at least 1, or 0 for none")
         if self.vlm_lora_alpha is None:
             self.vlm_lora_alpha = 2 * self.vlm_lora_r
+        elif self.vlm_lora_r and self.vlm_lora_alpha <= 0:
+            raise InputError(
+                "vlm_lora_alpha", found=self.vlm_lora_alpha, expected="above 0, or null for twice the rank"
+            )
+        elif self.vlm_lora_alpha and not self.vlm_lora_r:
+            raise InputError("vlm_lora_alpha", found="no vlm_lora_r", expected="their rank too")
         if self.vlm_lora_r and self.prefix_cache_gib:
             found, expected = "vlm_lora_r too", "one of them: with LoRAs, what stands before the queries changes too"
             raise InputError("prefix_cache_gib", found=found, expected=expected)

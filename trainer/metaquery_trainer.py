@@ -31,11 +31,11 @@ class MetaQueryForTraining(KontextForTraining):
     """The parts that one loss reaches: the transformer, before it queries and connector, and LoRAs in Qwen2.5-VL."""
 
     def __init__(
-        self, transformer: nn.Module, conditioner: nn.Module, vlm: nn.Module, vlm_lora: list[nn.Parameter] = ()
+        self, transformer: nn.Module, conditioner: nn.Module, vlm: nn.Module, vlm_lora: dict[str, nn.Parameter]
     ):
         super().__init__(transformer, None)
         self.conditioner = conditioner
-        self.vlm_lora = nn.ParameterList(vlm_lora)
+        self.vlm_lora = nn.ParameterDict({name.replace(".", "-"): weight for name, weight in vlm_lora.items()})
         self._vlm = (vlm,)  # in a tuple: no part of what is trained, saved or wrapped
 
     def forward(self, noisy, sigmas, text, ref_latents=None) -> torch.Tensor:
@@ -107,7 +107,7 @@ class MetaQueryTrainer(FlowMatchingTrainer):
     """Flow matching through Qwen2.5-VL, queries and connector.
 
     Args:
-        pipeline: a `MetaQueryPipeline`; its language model is not changed.
+        pipeline: a `MetaQueryPipeline`; its language model's own weights are not changed.
         args: settings.
         train_dataset: as for `FlowMatchingTrainer`; edits bring what Qwen2.5-VL sees, uint8 (3, H, W), as
             `ref_pixel_values` or, beside latents, as `source_pixels`.
@@ -136,7 +136,7 @@ class MetaQueryTrainer(FlowMatchingTrainer):
     def build_model(self, pipeline: MetaQueryPipeline) -> MetaQueryForTraining:
         """Return the transformer with queries and connector before it, and LoRAs in Qwen2.5-VL if they are trained."""
         vlm, args = pipeline.text_encoder, self.args
-        lora = add_lora(vlm, args.vlm_lora_r, args.vlm_lora_alpha, args.seed) if args.vlm_lora_r else ()
+        lora = add_lora(vlm, args.vlm_lora_r, args.vlm_lora_alpha, args.seed) if args.vlm_lora_r else {}
         return MetaQueryForTraining(pipeline.transformer, pipeline.conditioner, vlm, lora)
 
     def trained_components(self) -> set[str]:

@@ -114,7 +114,10 @@ def load_dataset(
 
 
 def _cached(dataset: PairDataset, script_args: PretrainArguments, args, pipeline) -> CachedPairs:
-    """Return the rows out of the cache. Text encoders are loaded only if something has to be encoded, and let go."""
+    """Return the rows out of the cache. Text encoders are loaded only if something has to be encoded, and let go.
+
+    MetaQuery has its own there, and needs them in training.
+    """
     folder, dtype = Path(script_args.cache_dir), getattr(torch, script_args.cache_dtype)
     digest = fingerprint(pipeline.loaded_from, dtype, pipeline.vae.dtype, texts=not pipeline.sees_pictures)
     with args.main_process_first(local=False, desc="encoding"):

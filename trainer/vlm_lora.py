@@ -17,17 +17,21 @@ from torch import nn
 
 from ..core.checkpoint import read_header, save_tensors
 from ..core.errors import InputError
-from ..core.files import COMFYUI_LORA, read_json
+from ..core.files import read_json
 from ..core.micro import MICRO_QWEN_KEY
+from .adapters import comfyui_tensors
 
 FOLDER = "text_encoder_lora"
 """Where a model's folder has it, beside the components."""
+COMFYUI_FILE = "comfyui_clip_lora.safetensors"
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NAME = "default"
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX = "base_model.model.model.language_model."
+"""As PEFT names layers where a whole Qwen2.5-VL is given to it."""
+_UNREAD = ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora")  # settings that would change the scale
 _COMFYUI_KEYS = {3584: "qwen25_7b", 2048: "qwen25_3b"}
-"""ComfyUI's names of Qwen2.5-VL by width: 7B and 3B."""
+"""ComfyUI's names of Qwen2.5-VL by width: 7B and 3B; larger ones it does not load."""
 
 
 def _language_model(vlm: nn.Module) -> nn.Module:
@@ -39,8 +43,8 @@ def lora_of(vlm: nn.Module) -> LoraConfig | None:
     return getattr(_language_model(vlm), "peft_config", {}).get(_NAME)
 
 
-def add_lora(vlm: nn.Module, r: int, alpha: int, seed: int) -> list[nn.Parameter]:
-    """Return the trainable weights of a LoRA on the language model's attention, in float32.
+def add_lora(vlm: nn.Module, r: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Return the trainable weights of a LoRA on the language model's attention by their layers, in float32.
 
     A new one is drawn from `seed` and changes nothing yet; one that is there goes on.
 
@@ -55,8 +59,8 @@ def add_lora(vlm: nn.Module, r: int, alpha: int, seed: int) -> list[nn.Parameter
     elif (config.r, config.lora_alpha) != (r, alpha):
         found, expected = f"{r} with vlm_lora_alpha {alpha}", f"{config.r} with {config.lora_alpha}, as the model has"
         raise InputError("vlm_lora_r", found=found, expected=expected)
-    weights = [p for name, p in language.named_parameters() if ".lora_" in name]
-    for weight in weights:
+    weights = {name: p for name, p in language.named_parameters() if ".lora_" in name}
+    for weight in weights.values():
         weight.data = weight.data.float()
         weight.requires_grad_(True)
     return weights
@@ -92,42 +96,44 @@ def own_weights(vlm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_lora(vlm: nn.Module, folder: Path) -> None:
-    """Write a LoRA: for PEFT, and in `comfyui_lora.safetensors` for ComfyUI's LoRA loaders, as one of the CLIP.
+    """Write a LoRA: for PEFT, and in `COMFYUI_FILE` for ComfyUI's LoRA loaders, as one of the CLIP.
 
     Raises:
         InputError: the files cannot be written.
     """
     config, width = lora_of(vlm), vlm.config.text_config.hidden_size
     layers = {name: p.contiguous() for name, p in get_peft_model_state_dict(_language_model(vlm)).items()}
-    config.base_model_name_or_path = None  # where a folder lay is nobody's business
     config.save_pretrained(folder)
     save_tensors({f"{_PEFT_PREFIX}{name}": p for name, p in layers.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
-    prefix = f"text_encoders.{_COMFYUI_KEYS.get(width, MICRO_QWEN_KEY)}.transformer.model."
-    tensors = {f"{prefix}{name}": p for name, p in layers.items()}
-    for name in layers:
-        if name.endswith(".lora_A.weight"):  # without it ComfyUI takes the rank
-            tensors[f"{prefix}{name.removesuffix('.lora_A.weight')}.alpha"] = torch.tensor(float(config.lora_alpha))
-    scale = {"unipic2.lora_r": str(config.r), "unipic2.lora_alpha": str(config.lora_alpha)}
-    save_tensors(tensors, folder / COMFYUI_LORA, scale)
+    key = MICRO_QWEN_KEY if width < min(_COMFYUI_KEYS) else _COMFYUI_KEYS.get(width)
+    if key is not None:
+        tensors, scale = comfyui_tensors(layers, config, f"text_encoders.{key}.transformer.model.")
+        save_tensors(tensors, folder / COMFYUI_FILE, scale)
 
 
 def load_lora(vlm: nn.Module, folder: Path) -> None:
-    """Put a LoRA that `save_lora` wrote onto a Qwen2.5-VL, frozen.
+    """Put a LoRA that `save_lora` wrote onto a Qwen2.5-VL, frozen and in its type.
 
     Raises:
-        InputError: a file is missing or broken, or it is a LoRA of another model.
+        InputError: a file is missing or broken, it is a LoRA of another model, or of a kind that is not trained here.
     """
     settings, path = read_json(folder / CONFIG_NAME, "settings of a LoRA"), folder / SAFETENSORS_WEIGHTS_NAME
-    try:
-        r, alpha = int(settings["r"]), settings["lora_alpha"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{folder / CONFIG_NAME}", found="no r or lora_alpha", expected="PEFT's settings") from None
+    r, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not alpha > 0:
+        found, expected = f"r {r}, lora_alpha {alpha}", "a rank from 1 on, and a scale above 0"
+        raise InputError(f"{folder / CONFIG_NAME}", found=found, expected=expected)
+    unread = [name for name in _UNREAD if settings.get(name)]
+    if unread:
+        expected = "a LoRA as `unipic2 train metaquery` writes it"
+        raise InputError(f"{folder / CONFIG_NAME}", found=", ".join(unread), expected=expected)
     shapes = read_header(path).shapes
-    add_lora(vlm, r, alpha, seed=0)
+    weights = add_lora(vlm, r, alpha, seed=0)
     language = _language_model(vlm)
     own = {f"{_PEFT_PREFIX}{name}": tuple(p.shape) for name, p in get_peft_model_state_dict(language).items()}
     if own != shapes:
         found = f"{len(shapes)} tensors of another model"
         raise InputError(f"LoRA {path}", found=found, expected=f"{len(own)} of rank {r} for this Qwen2.5-VL")
     set_peft_model_state_dict(language, {n.removeprefix(_PEFT_PREFIX): p for n, p in load_file(path).items()})
+    for weight in weights.values():
+        weight.data = weight.data.to(vlm.dtype)
     language.requires_grad_(False)

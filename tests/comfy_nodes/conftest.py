@@ -185,7 +185,7 @@ def qwen_lora(metaquery, tmp_path_factory):
     """`(MetaQuery pipeline with a LoRA in its language model, folder that `vlm_lora.save_lora` wrote)`."""
     trained, folder = copy.deepcopy(metaquery), tmp_path_factory.mktemp("qwen_lora")
     generator = torch.Generator().manual_seed(3)
-    for weight in vlm_lora.add_lora(trained.text_encoder, r=4, alpha=10, seed=0):
+    for weight in vlm_lora.add_lora(trained.text_encoder, r=4, alpha=10, seed=0).values():
         weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
     vlm_lora.save_lora(trained.text_encoder, folder)
     return trained, folder
@@ -203,7 +203,7 @@ def comfyui(models_folder, inputs, lora, qwen_lora, tmp_path_factory):
     pack.symlink_to(PACK, target_is_directory=True)
     save_file(inputs, folder / "inputs.safetensors")
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
-    shutil.copy(qwen_lora[1] / COMFYUI_LORA, folder / "qwen_lora.safetensors")
+    shutil.copy(qwen_lora[1] / vlm_lora.COMFYUI_FILE, folder / "qwen_lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
     (folder / "diffusion_models").mkdir()
     (folder / "edit_negative.json").write_text(json.dumps(DEFAULT_EDIT_NEGATIVE_PROMPT))

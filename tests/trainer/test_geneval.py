@@ -184,6 +184,9 @@ def test_scores_of_peoples_choices_are_the_cosine_by_their_own_model(clip_folder
     given = {"prompts": ["red", "blue"], "images": images, "source_image": [None, images[0]]}
     assert score.__name__ == name and score(**given) == ClipScore(Clip(str(clip_folder)))(**given)
     assert score(**given)[1] is None
+    if name == "hps_v2":
+        with pytest.raises(InputError, match="hps_v2_name_or_path: found nothing"):
+            RewardArguments(reward_funcs=[name]).check_rewards()
 
 
 def test_a_real_detector(tmp_path, clip_folder):

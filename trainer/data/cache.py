@@ -10,6 +10,7 @@ MetaQuery's cache holds no texts: its queries are trained, and so are the states
 import hashlib
 import json
 import secrets
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from ...core.checkpoint import component_files, read_header, save_tensors
 from ...core.errors import InputError
 from ...core.files import write_file
 from ...core.micro import component_dir
-from .pairs import PairDataset
+from .pairs import PairDataset, whole_sample
 from .sources import BrokenRow
 
 _INDEX = "cache.json"
@@ -249,7 +250,8 @@ class CachedPairs(torch.utils.data.Dataset):
         dataset: the rows.
         cache: what `build_cache` made of them.
         with_sources: for MetaQuery, which reads texts itself: samples have no `text`, and those of edits have
-            `source_pixels`, uint8 (3, H, W), out of the data.
+            `source_pixels`, uint8 (3, H, W), out of the data; one that cannot be read any more is replaced as
+            `PairDataset` does it.
     """
 
     def __init__(self, dataset: PairDataset, cache: Cache, with_sources: bool = False):
@@ -261,6 +263,9 @@ class CachedPairs(torch.utils.data.Dataset):
                 dataset.note_broken(i, bytes(cache[f"{key} broken"].tolist()).decode())
         self.is_edit = [dataset.is_edit[i] for i in self.rows]
         self.buckets = [dataset.buckets[i] for i in self.rows]
+        self._groups = defaultdict(list)
+        for row, key in zip(self.rows, zip(self.is_edit, self.buckets, strict=True), strict=True):
+            self._groups[key].append(row)
 
     @cached_property
     def empty_text(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,23 +281,24 @@ class CachedPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
+        group = self._groups[self.is_edit[index], self.buckets[index]]
+        return whole_sample(group, row, self._read)
+
+    def note_broken(self, row: int, reason: str) -> None:
+        """Count a row of the data as broken, see `PairDataset.note_broken`."""
+        self.pairs.note_broken(row, reason)
+
+    def _read(self, row: int) -> dict:
+        """Return the sample of a row of the data. Raises BrokenRow where a source cannot be read any more."""
         key, prompt = row_key(self.pairs, row), self.pairs.prompts[row]
         sample = {"prompt": prompt, "source_id": self.pairs.source_ids[row]}
         if not self.with_sources:
             sample["text"] = self.text_of(prompt)
         sample["latents"] = self.cache[f"{key} latents"].float()
-        if self.is_edit[index]:
+        if self.pairs.is_edit[row]:
             sample["ref_latents"] = self.cache[f"{key} ref_latents"].float()
             if self.with_sources:
-                sample["source_pixels"] = self._source(row)
+                sample["source_pixels"] = self.pairs.read_source(row)
         if f"{key} mask" in self.cache:
             sample["loss_mask"] = self.cache[f"{key} mask"].float()
         return sample
-
-    def _source(self, row: int) -> torch.Tensor:
-        """Return what an edit starts from. Raises InputError where it was whole when it was encoded and is not now."""
-        try:
-            return self.pairs.read_source(row)
-        except BrokenRow as broken:
-            remedy = "Put it back, or start again: rows that are broken by then are left out."
-            raise InputError("training data", found=f"{broken}, since it was encoded", remedy=remedy) from None

@@ -3,6 +3,7 @@
 import sys
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -90,18 +91,7 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        group = self.groups[self.is_edit[index], self.buckets[index]]
-        first = bisect_left(group, index)
-        broken: dict[int, str] = {}
-        for offset in range(len(group)):
-            index = group[(first + offset) % len(group)]
-            try:
-                sample = self.read(index)
-            except BrokenRow as error:
-                broken[index] = str(error)
-            else:
-                return {**sample, "broken": broken} if broken else sample
-        raise InputError("training data", found="no whole row of {}x{} pixels left".format(*self.buckets[index]))
+        return whole_sample(self.groups[self.is_edit[index], self.buckets[index]], index, self.read)
 
     def read(self, index: int) -> dict:
         """Return a row's own sample.
@@ -149,6 +139,26 @@ class PairDataset(torch.utils.data.Dataset):
             more = f", {len(sizes) - 6} more sizes" if len(sizes) > 6 else ""
             lines.append(f"{name}: {sum(sizes.values())} rows ({filled}{more})" if sizes else f"{name}: none")
         return "\n".join([*lines, f"broken rows left out: {len(self.broken)} of {self.num_rows}"])
+
+
+def whole_sample(group: list[int], index: int, read: Callable[[int], dict]) -> dict:
+    """Return the sample that `read` makes of a row, or of the next whole one in its sorted group.
+
+    Its `broken` then says which rows cannot be read, and why.
+
+    Raises:
+        InputError: no row of the group can be read.
+    """
+    first, broken = bisect_left(group, index), {}
+    for offset in range(len(group)):
+        at = group[(first + offset) % len(group)]
+        try:
+            sample = read(at)
+        except BrokenRow as error:
+            broken[at] = str(error)
+        else:
+            return {**sample, "broken": broken} if broken else sample
+    raise InputError("training data", found=f"no whole row left of row {index}'s task and size")
 
 
 def sample_of(pair: Pair, size: tuple[int, int]) -> dict:

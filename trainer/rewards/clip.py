@@ -10,10 +10,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from ...core.errors import InputError
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-PREFERENCES = {"pick_score": "yuvalkirstain/PickScore_v1", "hps_v2": "adams-story/HPSv2-hf"}
-"""CLIP models that were trained on people's choices, by the reward's name; HPSv2 as converted for transformers."""
-PREFERENCES_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""What both were trained from; their repositories hold no processor of their own."""
+PICK_SCORE, PICK_SCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from ...core.errors import InputError
 from . import RewardFunction
 from .aesthetic import AestheticScore
-from .clip import DEFAULT_CLIP, PREFERENCES, PREFERENCES_PROCESSOR, Clip, ClipScore
+from .clip import DEFAULT_CLIP, PICK_SCORE, PICK_SCORE_PROCESSOR, Clip, ClipScore
 from .digit_judge import EditDigitJudge
 from .geneval import DEFAULT_DETECTOR, GenEval, Mask2Former
 from .judge import EditJudge
@@ -20,7 +20,7 @@ from .preservation import preservation
 
 _PLAIN = {"micro_soft": micro_soft, "micro_strict": micro_strict, "preservation": preservation}
 _JUDGES = {"edit_judge": EditJudge, "edit_digit_judge": EditDigitJudge}
-SHIPPED = (*_PLAIN, *_JUDGES, "geneval", "geneval_strict", "clip_score", *PREFERENCES, "aesthetic", "ocr")
+SHIPPED = (*_PLAIN, *_JUDGES, "geneval", "geneval_strict", "clip_score", "pick_score", "hps_v2", "aesthetic", "ocr")
 
 
 @dataclass
@@ -49,11 +49,11 @@ class RewardArguments:
         metadata={"help": "geneval, clip_score, aesthetic: CLIP model, a hub repository or a folder."},
     )
     pick_score_name_or_path: str = field(
-        default=PREFERENCES["pick_score"],
-        metadata={"help": "pick_score: its CLIP model, a hub repository or a folder."},
+        default=PICK_SCORE, metadata={"help": "pick_score: its CLIP model, a hub repository or a folder."}
     )
-    hps_v2_name_or_path: str = field(
-        default=PREFERENCES["hps_v2"], metadata={"help": "hps_v2: its CLIP model, a hub repository or a folder."}
+    hps_v2_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "hps_v2: HPSv2 as a CLIP model with processor, a folder; see the documentation."},
     )
     aesthetic_head: str | None = field(
         default=None, metadata={"help": "aesthetic: safetensors file of LAION's head on CLIP, see the documentation."}
@@ -69,6 +69,8 @@ class RewardArguments:
                 _imported(name)
         if "aesthetic" in self.reward_funcs and not self.aesthetic_head:
             raise InputError("aesthetic_head", found="nothing", expected="a safetensors file of the predictor's head")
+        if "hps_v2" in self.reward_funcs and not self.hps_v2_name_or_path:
+            raise InputError("hps_v2_name_or_path", found="nothing", expected="a folder with HPSv2 as a CLIP model")
         if _JUDGES.keys() & set(self.reward_funcs):
             for name in ("judge_base_url", "judge_model"):
                 if not getattr(self, name):
@@ -91,10 +93,11 @@ class RewardArguments:
             return _JUDGES[name](self.judge_base_url, self.judge_model, api_key=os.environ.get("OPENAI_API_KEY"))
         if name == "clip_score":
             return ClipScore(Clip(self.clip_name_or_path, device))
-        if name in PREFERENCES:
-            model = getattr(self, f"{name}_name_or_path")
-            processor = PREFERENCES_PROCESSOR if model == PREFERENCES[name] else None
-            return ClipScore(Clip(model, device, processor=processor), name)
+        if name == "pick_score":
+            processor = PICK_SCORE_PROCESSOR if self.pick_score_name_or_path == PICK_SCORE else None
+            return ClipScore(Clip(self.pick_score_name_or_path, device, processor=processor), name)
+        if name == "hps_v2":
+            return ClipScore(Clip(self.hps_v2_name_or_path, device), name)
         if name == "aesthetic":
             return AestheticScore(Clip(self.clip_name_or_path, device), self.aesthetic_head)
         if name == "ocr":
