@@ -280,9 +280,8 @@ class CachedPairs(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        group = self._groups[self.is_edit[index], self.buckets[index]]
-        return whole_sample(group, row, self._read)
+        size = self.buckets[index]
+        return whole_sample(self._groups[self.is_edit[index], size], self.rows[index], size, self._read)
 
     def note_broken(self, row: int, reason: str) -> None:
         """Count a row of the data as broken, see `PairDataset.note_broken`."""

@@ -91,7 +91,8 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        return whole_sample(self.groups[self.is_edit[index], self.buckets[index]], index, self.read)
+        size = self.buckets[index]
+        return whole_sample(self.groups[self.is_edit[index], size], index, size, self.read)
 
     def read(self, index: int) -> dict:
         """Return a row's own sample.
@@ -141,10 +142,10 @@ class PairDataset(torch.utils.data.Dataset):
         return "\n".join([*lines, f"broken rows left out: {len(self.broken)} of {self.num_rows}"])
 
 
-def whole_sample(group: list[int], index: int, read: Callable[[int], dict]) -> dict:
+def whole_sample(group: list[int], index: int, size: tuple[int, int], read: Callable[[int], dict]) -> dict:
     """Return the sample that `read` makes of a row, or of the next whole one in its sorted group.
 
-    Its `broken` then says which rows cannot be read, and why.
+    Its `broken` then says which rows cannot be read, and why. All rows of a group have one `size`, in pixels.
 
     Raises:
         InputError: no row of the group can be read.
@@ -158,7 +159,7 @@ def whole_sample(group: list[int], index: int, read: Callable[[int], dict]) -> d
             broken[at] = str(error)
         else:
             return {**sample, "broken": broken} if broken else sample
-    raise InputError("training data", found=f"no whole row left of row {index}'s task and size")
+    raise InputError("training data", found="no whole row of {}x{} pixels left".format(*size))
 
 
 def sample_of(pair: Pair, size: tuple[int, int]) -> dict:
