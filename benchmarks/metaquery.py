@@ -5,7 +5,8 @@
 
 All train queries and connector (random weights, bfloat16 autocast, transformer frozen) on the same prompts or edits,
 which come again in every pass, in one run on one machine. `--shape 7b` has the widths, the queries and the picture's
-256 tokens of the published model at 512x512 pixels, but two layers of each part, one in 12 to 16:
+256 tokens of the published model at 512x512 pixels, but two layers of each part, one in 12 to 16; two CPU cores take a
+quarter of an hour for it:
 
 - plain: Qwen2.5-VL runs over prompt, picture and queries at once, with gradients, as published trainers do it;
 - prefixes: it runs over prompt and picture without gradients (in its own type, here float32), then over the queries
