@@ -343,6 +343,25 @@ def test_the_store_lets_go_of_what_was_used_longest_ago(make_pipeline, pixels):
     torch.testing.assert_close(mixed.keys, remember(pipe.text_encoder, pipe.prefix(["a", "a"], seen[:2] / 255)).keys)
 
 
+@pytest.fixture
+def staged_config(make_pipeline, make_small_pipeline, pairs_file, tmp_path):
+    """Return a function that writes the YAML of a run in stages, with more lines: a new connector, a small model."""
+
+    def write(rest: str) -> Path:
+        make_pipeline().save_pretrained(tmp_path / "mq")
+        make_small_pipeline().save_pretrained(tmp_path / "base")
+        (tmp_path / "config.yaml").write_text(
+            f"model_name_or_path: {tmp_path / 'base'}\nvlm_name_or_path: {tmp_path / 'mq'}\nexport_vlm: true\n"
+            f"dataset_name: {pairs_file}\nresolution: 64\nmax_aspect: 1\noutput_dir: {tmp_path / 'run'}\n"
+            "use_cpu: true\nnum_queries: 3\nconnector_hidden_size: 64\nconnector_intermediate_size: 64\n"
+            "connector_num_hidden_layers: 1\nper_device_train_batch_size: 2\nreport_to: none\nlearning_rate: 1.0e-2\n"
+            f"{rest}"
+        )
+        return tmp_path / "config.yaml"
+
+    return write
+
+
 # --- LoRAs of the language model
 
 
@@ -469,19 +488,10 @@ def test_a_lora_in_bfloat16_stays_so(make_own, with_lora, tmp_path):
     assert (states - expected).norm() < 0.1 * expected.norm()
 
 
-def test_the_command_trains_a_lora_in_one_stage_and_keeps_it_in_the_next(
-    make_pipeline, make_small_pipeline, pairs_file, tmp_path
-):
+def test_the_command_trains_a_lora_in_one_stage_and_keeps_it_in_the_next(staged_config, tmp_path):
     """From YAML, Qwen2.5-VL from elsewhere and exported, previews drawn; PDTR's other stage only has to keep it."""
-    make_pipeline().save_pretrained(tmp_path / "mq")
-    make_small_pipeline().save_pretrained(tmp_path / "base")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"model_name_or_path: {tmp_path / 'base'}\nvlm_name_or_path: {tmp_path / 'mq'}\nexport_vlm: true\n"
-        f"dataset_name: {pairs_file}\nresolution: 64\nmax_aspect: 1\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
-        "num_queries: 3\nconnector_hidden_size: 64\nconnector_intermediate_size: 64\n"
-        "connector_num_hidden_layers: 1\nper_device_train_batch_size: 2\nreport_to: none\npreview_steps: 2\n"
-        "preview_inference_steps: 1\nlearning_rate: 1.0e-2\nuse_ema: false\nexport_dtype: float32\n"
+    config = staged_config(
+        "preview_steps: 2\npreview_inference_steps: 1\nuse_ema: false\nexport_dtype: float32\n"
         "stages:\n  - {trainable: none, max_steps: 2, vlm_lora_r: 2}\n"
         "  - {trainable: full, max_steps: 2, prefix_cache_gib: 0.01}\n"
     )
@@ -736,17 +746,10 @@ def test_shipped_configs_parse(name, tmp_path):
     assert [args.trainable for _, args in stages][0] == "none" and stages[-1][1].trainable != "none"
 
 
-def test_alignment_and_joint_training_in_one_file(make_pipeline, make_small_pipeline, pairs_file, tmp_path):
+def test_alignment_and_joint_training_in_one_file(staged_config, tmp_path):
     """As the micro model is made: bfloat16, Muon, kept prefixes, a language model that is in no other place."""
-    make_pipeline().save_pretrained(tmp_path / "mq")
-    make_small_pipeline().save_pretrained(tmp_path / "base")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"model_name_or_path: {tmp_path / 'base'}\nvlm_name_or_path: {tmp_path / 'mq'}\nexport_vlm: true\n"
-        f"dataset_name: {pairs_file}\nresolution: 64\nmax_aspect: 1\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
-        "num_queries: 3\nconnector_hidden_size: 64\nconnector_intermediate_size: 64\n"
-        "connector_num_hidden_layers: 1\nprefix_cache_gib: 0.01\nbf16: true\ngradient_checkpointing: true\n"
-        "per_device_train_batch_size: 2\nreport_to: none\npreview_steps: 0\nlearning_rate: 1.0e-2\n"
+    config = staged_config(
+        "prefix_cache_gib: 0.01\nbf16: true\ngradient_checkpointing: true\npreview_steps: 0\n"
         "muon_learning_rate: 1.0e-2\nattention_backend: math\n"
         "stages:\n  - {trainable: none, max_steps: 2}\n  - {trainable: attention, max_steps: 2}\n"
     )

@@ -12,5 +12,5 @@ VLM_STEPS = 3000
 HELD_OUT_COUNT, HELD_OUT_SEED = 256, 1234
 """Prompts, and as many edits, that models are scored on, and their seed; training never draws from it."""
 
-QUESTION_COUNT = 1100
-"""Questions that Micro Qwen2.5-VL is scored on, a hundred of each kind."""
+QUESTIONS_PER_KIND = 100
+"""Questions of each kind that Micro Qwen2.5-VL is scored on."""

@@ -16,9 +16,10 @@ from ..metaquery_pipeline import is_metaquery, load_vlm
 from ..script import open_model
 from ..sheets import save_sheet
 from ..stages import parse_stages, run_stages
-from . import HELD_OUT_COUNT, HELD_OUT_SEED, QUESTION_COUNT, VLM_STEPS
+from . import HELD_OUT_COUNT, HELD_OUT_SEED, QUESTIONS_PER_KIND, VLM_STEPS
 from .evaluate import evaluate
 from .make import Stages, check_overrides, publish, results_table
+from .questions import KINDS
 from .sheet import result_sheet
 from .vlm import build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
 
@@ -67,7 +68,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
 
     def questions() -> None:
         parts = load_vlm(vlm_dir)
-        scores, given = question_accuracy(parts["text_encoder"], parts["tokenizer"], QUESTION_COUNT, HELD_OUT_SEED)
+        count = QUESTIONS_PER_KIND * len(KINDS)
+        scores, given = question_accuracy(parts["text_encoder"], parts["tokenizer"], count, HELD_OUT_SEED)
         write_file(work / "questions.json", json.dumps(scores, indent=2) + "\n")
         lines = [f"{q.kind}\t{q.text}\t{q.answer}\t{text}" for q, text in given]
         write_file(work / "answers.tsv", "\n".join(["kind\tquestion\tanswer\tgiven", *lines]) + "\n")
