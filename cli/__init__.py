@@ -24,7 +24,7 @@ examples:
 
 TRAINER_COMMANDS = {
     "train": "train a model: train METHOD --config FILE [--field value ...]",
-    "data": "training data: data check DATASET ..., data cache --config FILE",
+    "data": "training data: data check DATASET ..., data cache [metaquery] --config FILE",
     "export": "write a trained model as one file for ComfyUI: export --model DIR --out FILE",
     "eval": "measure a model: eval BENCHMARK --model DIR_OR_NAME --out DIR",
     "compare": "measured models side by side: compare DIR DIR ...",

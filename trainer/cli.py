@@ -10,6 +10,7 @@ from ..core.errors import InputError, check_one_of, check_share
 from .micro import CODEC_STEPS, DECODER_STEPS, VLM_STEPS
 
 TRAIN_METHODS = ("pretrain", "grpo", "pdtr", "metaquery")
+CACHE_METHODS = ("pretrain", "metaquery")
 ACCELERATE_CONFIGS = ("ddp", "fsdp2", "zero2")
 _LEAST = {
     "n": 1, "batch_size": 1, "steps": 1, "seed": 0, "codec_steps": 1, "decoder_steps": 1, "num_proc": 1,
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a model", epilog=_TRAIN_HELP)
 
     data = commands.add_parser("data", help="training data").add_subparsers(dest="action", required=True)
-    data.add_parser("cache", help="encode ahead: data cache --config FILE, the settings of a training run")
+    data.add_parser("cache", help="encode ahead: data cache [metaquery] --config FILE, the settings of a training run")
     check = data.add_parser(
         "check",
         help="read a dataset and report counts, sizes, buckets, broken rows and duplicates",
@@ -220,9 +221,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         return _train(argv[1:])
     if argv[:2] == ["data", "cache"]:
-        from .pretrain import cache
-
-        return cache(argv[2:])
+        return _cache(argv[2:])
     arguments, rest = build_parser().parse_known_args(argv)
     for name, least in _LEAST.items():
         value = getattr(arguments, name, None)
@@ -269,6 +268,14 @@ def _train(argv: list[str]) -> int:
     if config is not None:
         return _launch(config, num_processes, argv)
     return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+
+
+def _cache(argv: list[str]) -> int:
+    """Hand `data cache [METHOD] ...` on to the method, which knows the settings."""
+    named = bool(argv) and not argv[0].startswith("-")
+    method = argv[0] if named else CACHE_METHODS[0]
+    check_one_of("training method of data cache", method, CACHE_METHODS)
+    return importlib.import_module(f".{method}", __package__).cache(argv[1:] if named else argv)
 
 
 def _launch_options(argv: list[str]) -> tuple[str | None, int | None, list[str]]:

@@ -9,9 +9,17 @@ from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .metaquery_config import MetaQueryConfig
-from .metaquery_pipeline import PUBLISHED_VLM, VLM_PARTS, MetaQueryPipeline, is_metaquery, load_vlm, vlm_folder
+from .metaquery_pipeline import (
+    PUBLISHED_VLM,
+    VLM_PARTS,
+    MetaQueryPipeline,
+    is_metaquery,
+    load_unconditioned,
+    load_vlm,
+    vlm_folder,
+)
 from .metaquery_trainer import MetaQueryTrainer
-from .pretrain import PretrainArguments, identity_of, load_dataset
+from .pretrain import PretrainArguments, fill_cache, identity_of, load_dataset
 from .script import (
     TEXT_ENCODERS,
     check_identity,
@@ -71,6 +79,10 @@ def parse(argv: list[str]) -> tuple[MetaQueryArguments, MetaQueryConfig]:
     return parse_settings(argv, MetaQueryArguments, MetaQueryConfig, "metaquery")
 
 
+def _frozen_dtype(args: MetaQueryConfig) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
+
+
 def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> MetaQueryPipeline:
     """Load a MetaQuery model, or put a new connector between Qwen2.5-VL and another model's transformer.
 
@@ -79,7 +91,7 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
     Raises:
         InputError: see `MetaQueryPipeline.from_pretrained` and `StableDiffusion3Conditioner`.
     """
-    frozen = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else torch.float32
+    frozen = _frozen_dtype(args)
     transformer = frozen if args.trainable == "none" else torch.float32
     types = {"default": frozen, "transformer": transformer, "conditioner": torch.float32}
     # A hub's text encoders are not needed, whatever the model is.
@@ -138,6 +150,17 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
     trainer = MetaQueryTrainer(pipeline, args, dataset, previews)
     frozen = "the transformer frozen" if args.trainable == "none" else "with the transformer"
     return train_and_export(trainer, script_args, args, checkpoint, f"{_METHOD} ({frozen})")
+
+
+def cache(argv: list[str]) -> int:
+    """Entry of `unipic2 data cache metaquery`: latents alone, so Qwen2.5-VL is not loaded."""
+
+    def load(script_args: MetaQueryArguments, args: MetaQueryConfig) -> StableDiffusion3KontextPipeline:
+        absent = dict.fromkeys((*TEXT_ENCODERS, "conditioner"))
+        folder = StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path, absent)
+        return load_unconditioned(folder, _frozen_dtype(args))
+
+    return fill_cache(argv, parse, load)
 
 
 def main(argv: list[str]) -> int:

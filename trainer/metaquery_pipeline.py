@@ -11,7 +11,7 @@ LoRAs that were trained in the language model are in `text_encoder_lora/` (`vlm_
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -174,16 +174,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             if source.resolve().parent != folder.resolve():
                 given |= set(VLM_PARTS)
             parts |= load_vlm(source, type_of("text_encoder"), tuple(n for n in VLM_PARTS if n not in parts))
-        with _fitting(folder):
-            if "transformer" not in parts:
-                parts["transformer"] = _load_transformer(folder, type_of("transformer"))
-            if "vae" not in parts:
-                vae = component_dir(folder, "vae")
-                tiny = read_json(vae / "config.json", "the VAE's settings").get("_class_name")
-                kind = AutoencoderTiny if tiny == "AutoencoderTiny" else AutoencoderKL
-                parts["vae"] = kind.from_pretrained(vae, use_safetensors=True, torch_dtype=type_of("vae"))
-            if "scheduler" not in parts:
-                parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        parts |= _drawing_parts(folder, type_of, parts)
         if "conditioner" not in parts:
             parts["conditioner"] = StableDiffusion3Conditioner.from_pretrained(
                 folder / "conditioner", **({} if type_of("conditioner") is None else {"dtype": type_of("conditioner")})
@@ -331,6 +322,36 @@ def _fitting(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         found = " ".join(str(error).split())[:600]
         raise InputError(f"model {folder}", found=found, expected="parts that fit their configs") from error
+
+
+def _drawing_parts(folder: Path, type_of: Callable[[str], torch.dtype | None], ready: Container[str] = ()) -> dict:
+    """Load transformer, VAE and scheduler, but for those that are ready."""
+    parts = {}
+    with _fitting(folder):
+        if "transformer" not in ready:
+            parts["transformer"] = _load_transformer(folder, type_of("transformer"))
+        if "vae" not in ready:
+            vae = component_dir(folder, "vae")
+            tiny = read_json(vae / "config.json", "the VAE's settings").get("_class_name")
+            kind = AutoencoderTiny if tiny == "AutoencoderTiny" else AutoencoderKL
+            parts["vae"] = kind.from_pretrained(vae, use_safetensors=True, torch_dtype=type_of("vae"))
+        if "scheduler" not in ready:
+            parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    return parts
+
+
+def load_unconditioned(folder: Path, dtype: torch.dtype) -> StableDiffusion3KontextPipeline:
+    """Load a model of either kind without what reads texts: what encodes pictures for a MetaQuery model.
+
+    Raises:
+        InputError: transformer or VAE is missing or broken.
+    """
+    for name in ("transformer", "vae"):
+        check_component(folder, name)
+    texts = {f"{kind}{number}": None for kind in VLM_PARTS for number in ("", "_2", "_3")}
+    pipeline = StableDiffusion3KontextPipeline(**_drawing_parts(folder, lambda _: dtype), **texts)
+    pipeline.loaded_from, pipeline.sees_pictures = folder, True
+    return pipeline
 
 
 def _load_transformer(folder: Path, dtype: torch.dtype | None) -> SD3Transformer2DKontextModel:

@@ -1,7 +1,9 @@
 """`unipic2 train pretrain`: flow-matching pretraining from a YAML file and flags."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,12 +158,26 @@ def pretrain(script_args: PretrainArguments, args: FlowMatchingConfig) -> Path:
 
 
 def cache(argv: list[str]) -> int:
-    """Entry of `unipic2 data cache`, which takes the settings of a training run, in stages or not."""
-    runs = parse_stages(argv, parse) or [parse(argv)]
+    """Entry of `unipic2 data cache`."""
+    return fill_cache(argv, parse, partial(load_pipeline, lora=True, text_encoders=False, metaquery=False))
+
+
+def fill_cache(argv: list[str], parse_run: Callable, load: Callable) -> int:
+    """Encode ahead what a training run, in stages or not, would encode first.
+
+    Args:
+        argv: the run's `--config FILE` and flags.
+        parse_run: makes its settings of them.
+        load: makes a pipeline, whose VAE encodes, of the first stage's settings.
+
+    Raises:
+        InputError: no `cache_dir` is named; see `load_dataset`.
+    """
+    runs = parse_stages(argv, parse_run) or [parse_run(argv)]
     script_args, args = runs[0]
     if script_args.cache_dir is None:
         raise InputError("cache_dir", found="none", expected="a folder, and data of your own")
-    pipeline = load_pipeline(script_args, args, lora=True, text_encoders=False, metaquery=False)
+    pipeline = load(script_args, args)
     for script_args, args in runs:
         dataset = load_dataset(script_args, args, pipeline)
         sys.stdout.write(f"{script_args.cache_dir}: {len(dataset)} rows\n")

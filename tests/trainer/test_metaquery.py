@@ -15,6 +15,7 @@ from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.errors import InputError
 from unipic2.core.prompts import POSITIONS, metaquery_segments
 from unipic2.trainer import MetaQueryConfig, MetaQueryPipeline, MetaQueryTrainer, metaquery, vlm_lora
+from unipic2.trainer.cli import main as cli
 from unipic2.trainer.data.buckets import aspect_buckets
 from unipic2.trainer.data.cache import Cache, CachedPairs, build_cache
 from unipic2.trainer.data.pairs import PairDataset
@@ -574,6 +575,27 @@ def test_latents_come_out_of_a_cache(make_pipeline, pairs_file, tmp_path):
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, atol=1e-4, rtol=1e-3)
         assert torch.equal(states[1][key], states[2][key])
+
+
+def test_latents_are_encoded_ahead_without_the_language_model(make_pipeline, pairs_file, tmp_path, capsys):
+    """The run that follows takes them as they are; of a model with text encoders too, which gets a new connector."""
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    model = shutil.copytree(tmp_path / "mq", tmp_path / "painter")
+    for name in ("text_encoder", "tokenizer", "conditioner"):
+        shutil.rmtree(model / name)
+    cache, argv = tmp_path / "cache", ["--dataset_name", str(pairs_file), "--use_cpu", "--output_dir"]
+    argv += [str(tmp_path / "run"), *"--resolution 64 --max_aspect 1 --report_to none --preview_steps 0".split()]
+    argv += "--max_steps 1 --save_strategy no --disable_tqdm true".split()
+    argv += ["--cache_dir", str(cache)]
+    assert cli(["data", "cache", "metaquery", "--model_name_or_path", str(model), *argv]) == 0
+    assert capsys.readouterr().out == f"{cache}: 16 rows\n"
+    shards = sorted(cache.glob("shard-*"))
+    keys = [key for shard in shards for key in read_header(shard).shapes]
+    assert len([key for key in keys if key.endswith(" latents")]) == 16 and not any("text" in key for key in keys)
+    assert main(["--model_name_or_path", str(tmp_path / "mq"), *argv]) == 0
+    assert sorted(cache.glob("shard-*")) == shards, "nothing was encoded again"
+    with pytest.raises(InputError, match="training method of data cache: found 'grpo'"):
+        cli(["data", "cache", "grpo", *argv])
 
 
 def test_a_picture_that_is_gone_after_it_was_encoded_is_replaced(make_pipeline, pairs_file, tmp_path):
