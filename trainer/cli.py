@@ -4,6 +4,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..core.errors import InputError, check_one_of, check_share
@@ -55,7 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--image-root", default=None, help="folder that picture paths start from (default: the file's)")
     check.add_argument("--split", default="train", help="split to read (default train)")
     for role in ("prompt", "target", "source", "mask"):
-        check.add_argument(f"--{role}-column", default=None, help=f"column of the {role} (default: by usual names)")
+        check.add_argument(
+            f"--{role}-column",
+            f"--{role}_column",
+            default=None,
+            help=f"column of the {role} (default: by usual names)",
+        )
+    check.add_argument(
+        "--no-target", action="store_true", help="rows for grpo and pdtr: prompts, and for edits what they start from"
+    )
     check.add_argument("--resolution", type=int, default=512, help="pixels; size of the buckets (default 512)")
     check.add_argument("--bucket-mode", default="area", help="area or longer_edge (default area)")
     check.add_argument("--max-aspect", type=float, default=2.0, help="longest shape of a bucket (default 2, for 2:1)")
@@ -65,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--num-proc", type=int, default=1, help="processes that decode (default 1)")
 
     export = commands.add_parser("export", help="write a trained model as one file for ComfyUI")
-    export.add_argument("--model", type=Path, required=True, help="pipeline folder in the published layout")
+    export.add_argument(
+        "--model", required=True, help="pipeline folder, hub repository, or bundled weights: micro, ..."
+    )
     export.add_argument("--out", type=Path, required=True, help=".safetensors file to write; replaces an older one")
     export.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: as it is stored)")
 
@@ -192,7 +203,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, default=None, help="guidance (default 1.5 for micro, else 3.5)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=None, help="pictures drawn at once (default 64 for micro models, else 4)"
+        "--batch-size", type=int, default=None, help="pictures drawn at once (default 64 for micro, else 4)"
     )
 
 
@@ -314,13 +325,14 @@ def _check_folder(out: Path) -> None:
 def _check_data(arguments: argparse.Namespace) -> int:
     from .data.buckets import aspect_buckets
     from .data.check import check, preview, summary, write_report
-    from .data.sources import open_sources
+    from .data.sources import open_source, open_sources
 
     check_share("--max-broken", arguments.max_broken)
     if arguments.out is not None:
         _check_folder(arguments.out)
     buckets = aspect_buckets(arguments.resolution, arguments.bucket_mode, arguments.max_aspect)
-    sources = open_sources(arguments.dataset, arguments.image_root, arguments.split, arguments)
+    open_one = partial(open_source, needs_target=not arguments.no_target)
+    sources = open_sources(arguments.dataset, arguments.image_root, arguments.split, arguments, open_one)
     report = check(sources, buckets, arguments.num_proc)
     sys.stdout.write(f"{summary(report)}\n")
     if arguments.out is not None:
@@ -334,13 +346,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from ..core.checkpoint import export_single_file
     from .kontext_config import EXPORT_DTYPES
+    from .kontext_pipeline import StableDiffusion3KontextPipeline
 
     if arguments.dtype is not None:
         check_one_of("--dtype", arguments.dtype, EXPORT_DTYPES)
     if arguments.out.suffix != ".safetensors":
         raise InputError(f"--out {arguments.out}", found=f"suffix {arguments.out.suffix!r}", expected=".safetensors")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    export_single_file(arguments.model, arguments.out, dtype=dtype)
+    others = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "conditioner"))
+    export_single_file(
+        StableDiffusion3KontextPipeline.find_folder(arguments.model, others), arguments.out, dtype=dtype
+    )
     sys.stdout.write(f"{arguments.out}\n")
     return 0
 

@@ -49,8 +49,8 @@ print(pipe.answer("What color is the car?", edited))
 ```
 
 In ComfyUI the connector is the file in `conditioner/`, put into `models/model_patches`; `unipic2 export` writes the
-transformer as one file. A LoRA of Qwen2.5-VL, if there is one, is in `text_encoder_lora/`: the stock Load LoRA puts
-`comfyui_clip_lora.safetensors` onto the CLIP."""
+transformer as one file. A LoRA of Qwen2.5-VL, if there is one, is in `text_encoder_lora/`: the stock Load
+LoRA (Model and CLIP) puts `comfyui_clip_lora.safetensors` onto the CLIP."""
 
 
 def model_card(

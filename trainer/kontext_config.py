@@ -83,6 +83,15 @@ class KontextConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.eval_strategy != "no":
+            remedy = "`unipic2 eval` measures models, `unipic2 train pdtr` around its stages, previews show them."
+            found = getattr(self.eval_strategy, "value", self.eval_strategy)
+            raise InputError("eval_strategy", found=found, expected="no", remedy=remedy)
+        if self.save_strategy == "best":
+            raise InputError("save_strategy", found="best", expected="steps, epoch or no")
+        if self.resume_from_checkpoint is not None:
+            remedy = "Take `resume: true`: it goes on at the last whole checkpoint of output_dir."
+            raise InputError("resume_from_checkpoint", found=self.resume_from_checkpoint, remedy=remedy)
         if self.ddp_find_unused_parameters is None:  # each step reaches all that is trained
             self.ddp_find_unused_parameters = False
         check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)

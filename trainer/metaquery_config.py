@@ -96,4 +96,4 @@ class MetaQueryConfig(FlowMatchingConfig):
             found, expected = "muon_learning_rate too", "one of them: under Muon all matrices have one rate"
             raise InputError("transformer_learning_rate", found=found, expected=expected)
         if rate is not None and self.trainable == "none":
-            raise InputError("transformer_learning_rate", found="trainable: none", expected="trainable: full")
+            raise InputError("transformer_learning_rate", found="trainable: none", expected="full or attention")

@@ -40,7 +40,7 @@ class ScriptArguments:
         default="",
         metadata={
             "help": "Pipeline to start from: a folder in the published layout, a hub repository, or bundled weights: "
-            "micro or micro-pretrained."
+            "micro, micro-pretrained or micro-metaquery."
         },
     )
     vlm_name_or_path: str | None = field(

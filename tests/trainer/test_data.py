@@ -14,6 +14,7 @@ from unipic2.trainer.cli import main
 from unipic2.trainer.data.buckets import aspect_buckets, nearest_bucket
 from unipic2.trainer.data.check import check, summary
 from unipic2.trainer.data.pairs import PairDataset
+from unipic2.trainer.data.prompts import PromptDataset
 from unipic2.trainer.data.sources import BrokenRow, find_columns, open_source, read_pair
 
 
@@ -375,3 +376,20 @@ def test_the_command(tmp_path, capsys):
     assert main(["data", "check", data, "--resolution", "64"]) == 1
     said = capsys.readouterr().out
     assert "broken: 1" in said and "row 1: no file" in said
+
+
+def test_the_check_reads_rows_without_a_picture_to_learn(tmp_path, capsys):
+    """As grpo and pdtr take them: a source where there is an edit, nothing else."""
+    save(tmp_path / "a.png", 0, (64, 64))
+    rows = [{"prompt": "make it red", "source_image": "a.png"}, {"prompt": "make it blue", "source_image": "gone.png"}]
+    rows.append({"prompt": "a cup", "source_image": None})
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(InputError, match="expected a target: .*--target_column"):
+        main(["data", "check", data])
+    flags = ["--no-target", "--source_column", "source_image", "--resolution", "64", "--out", str(tmp_path / "out")]
+    assert main(["data", "check", data, *flags]) == 1
+    said = capsys.readouterr().out
+    assert "rows: 3 (text-to-image 1, edits 1)" in said and "row 1: no file" in said
+    assert (tmp_path / "out/sheet.png").is_file()
+    with pytest.raises(InputError, match="`unipic2 data check --no-target` lists them all"):
+        PromptDataset([open_source(data, needs_target=False)], aspect_buckets(64))

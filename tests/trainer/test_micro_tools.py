@@ -67,7 +67,7 @@ def test_make_replaces_nothing_that_is_not_a_model(tmp_path):
         with pytest.raises(InputError, match="expected a new folder, an empty one, or an exported pipeline"):
             main(["micro", "make", "--out", str(tmp_path / out), "--work", str(tmp_path / "work")])
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-    with pytest.raises(InputError, match="found --output_dir, expected other flags"):
+    with pytest.raises(InputError, match="found --output_dir, expected other flags. Take --out and --work"):
         main(["micro", "make", "--out", str(tmp_path / "new"), "--output_dir", "x"])
 
 

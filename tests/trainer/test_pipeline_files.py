@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from unipic2.core.errors import InputError
 from unipic2.core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from unipic2.trainer import SD3Transformer2DKontextModel, StableDiffusion3KontextPipeline
+from unipic2.trainer.cli import main
 from unipic2.trainer.micro.codec import sample_scenes
 from unipic2.trainer.micro.world import render
 from unipic2.trainer.script import open_model
@@ -160,6 +161,14 @@ def test_exports_of_bundled_models_are_whole(tmp_path):
         files = [weights_dir("micro-pretrained") / name, tmp_path / "export" / name]
         assert len({next(folder.glob("*.safetensors")).read_bytes() for folder in files}) == 1, name
     assert again.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+
+
+def test_one_file_of_a_bundled_model_by_name(tmp_path):
+    assert main(["export", "--model", "micro", "--out", str(tmp_path / "m.safetensors")]) == 0
+    exported, kept = load_file(tmp_path / "m.safetensors"), load_file(weights_dir("micro") / TRANSFORMER)
+    assert exported.keys() == kept.keys() and all(torch.equal(exported[name], kept[name]) for name in kept)
+    with pytest.raises(InputError, match="model no: found no such folder"):
+        main(["export", "--model", "no", "--out", str(tmp_path / "n.safetensors")])
 
 
 def test_only_bundled_models_share(tmp_path):

@@ -257,6 +257,22 @@ def test_previews_of_mixed_types(tmp_path, make_small_pipeline, pairs):
     assert (tmp_path / "run/previews/step_000002.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--eval_strategy steps --eval_steps 5", "eval_strategy: found steps, expected no. `unipic2 eval`"),
+        (
+            "--save_strategy best --metric_for_best_model loss",
+            "save_strategy: found best, expected steps, epoch or no",
+        ),
+        ("--resume_from_checkpoint c", "resume_from_checkpoint: found c.*Take `resume: true`"),
+    ],
+)
+def test_what_transformers_would_take_and_do_otherwise_is_refused(config_file, flags, message):
+    with pytest.raises(InputError, match=message):
+        parse([*config_file("model_name_or_path: m\n"), *flags.split()])
+
+
 def test_the_micro_world_is_known_by_its_whole_name(config_file):
     argv = config_file("model_name_or_path: m\ndataset_name: /data/microscopy\ncache_dir: c\n")
     assert parse(argv)[0].dataset_name == ["/data/microscopy"]

@@ -141,8 +141,9 @@ def preview(sources: list[Source]) -> Image.Image | None:
                 pair = read_pair(source.rows[row], source.columns, source.root)
             except BrokenRow:
                 continue
-            pictures = [pair.target] if pair.source is None else [pair.source, pair.target]
-            cells.append(Cell(pair.prompt, pictures))
+            pictures = [picture for picture in (pair.source, pair.target) if picture is not None]
+            if pictures:
+                cells.append(Cell(pair.prompt, pictures))
     return contact_sheet(cells, columns=4, edge=_THUMBNAIL) if cells else None
 
 

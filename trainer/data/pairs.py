@@ -40,6 +40,9 @@ class PairDataset(torch.utils.data.Dataset):
         InputError: too many broken rows, or none whole.
     """
 
+    CHECK = "unipic2 data check"
+    """The command that lists broken rows."""
+
     def __init__(
         self,
         sources: list[Source],
@@ -84,7 +87,7 @@ class PairDataset(torch.utils.data.Dataset):
                 "training data",
                 found=f"{len(self.broken)} broken rows of {self.num_rows}, such as {example}",
                 expected=f"at most a share of {self.max_broken}",
-                remedy="`unipic2 data check` lists them all; mend them, or raise max_broken.",
+                remedy=f"`{self.CHECK}` lists them all; mend them, or raise max_broken.",
             )
 
     def __len__(self) -> int:

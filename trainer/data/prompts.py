@@ -13,6 +13,8 @@ class PromptDataset(PairDataset):
     without one are drawn square. Broken rows, arguments and errors are those of `PairDataset`.
     """
 
+    CHECK = "unipic2 data check --no-target"
+
     def read(self, index: int) -> dict:
         """Return a row. Raises BrokenRow where it cannot be read."""
         number, place = self.places[index]

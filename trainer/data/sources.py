@@ -127,7 +127,7 @@ def find_columns(names: Iterable[str], what: str, needs_target: bool = True, **g
                 f"columns of {what}",
                 found=", ".join(names),
                 expected=f"a {role}: {', '.join(aliases)}",
-                remedy=f"Name the column with {role}_column.",
+                remedy=f"Name the column with --{role}_column.",
             )
     if not needs_target:
         return Columns(prompt, None, source)
@@ -179,7 +179,9 @@ def unreadable_otherwise(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # the library wraps what a reader said
         found = " ".join(str(reason).split())[:400]
-        raise InputError(f"dataset {name}", found=found, expected="rows that `datasets` can read") from error
+        remedy = None if Path(name).exists() else "There is no such folder here, so it was looked for on the hub."
+        expected = "rows that `datasets` can read"
+        raise InputError(f"dataset {name}", found=found, expected=expected, remedy=remedy) from error
 
 
 def find_root(name: str, image_root: str | None) -> Path:

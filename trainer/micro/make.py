@@ -26,14 +26,27 @@ from .evaluate import evaluate
 from .sheet import result_sheet
 
 _STAGES_FILE = "stages.json"
-_FIXED = ("--output_dir", "--model_name_or_path", "--resume", "--seed")  # what this command itself decides
+_FIXED = {
+    "--output_dir": "Take --out and --work for folders.",
+    "--model_name_or_path": "It starts from a model of its own.",
+    "--resume": "The same command goes on by itself.",
+    "--seed": "Name it once.",
+}
+"""Flags of training that this command itself decides, with what to do instead."""
 
 
-def check_overrides(command: str, overrides: list[str], fixed: tuple[str, ...] = ()) -> None:
-    """Raise InputError where flags are among those that a command decides itself; `fixed` are further ones."""
-    found = [flag for flag in overrides if flag.partition("=")[0] in (*_FIXED, *fixed)]
+def check_overrides(command: str, overrides: list[str], fixed: dict[str, str] | None = None) -> None:
+    """Raise InputError where flags are among those that a command decides itself.
+
+    Args:
+        command: its name.
+        overrides: flags for training.
+        fixed: further ones that are refused, each with a remedy.
+    """
+    remedies = _FIXED | (fixed or {})
+    found = [flag for flag in (o.partition("=")[0] for o in overrides) if flag in remedies]
     if found:
-        remedy = "Use --out and --work for folders."
+        remedy = " ".join(dict.fromkeys(remedies[flag] for flag in found))
         raise InputError(command, found=", ".join(found), expected="other flags", remedy=remedy)
 
 

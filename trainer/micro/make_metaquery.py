@@ -44,7 +44,9 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
         InputError: `work` holds a run with other settings, `out` something that is no exported pipeline, or `base` is
             no model with a text encoder.
     """
-    check_overrides("unipic2 micro metaquery", overrides, ("--vlm_name_or_path", "--export_vlm"))
+    own = "Its Qwen2.5-VL is made here, and comes along."
+    fixed = {"--model_name_or_path": "Take --base.", "--vlm_name_or_path": own, "--export_vlm": own}
+    check_overrides("unipic2 micro metaquery", overrides, fixed)
     out, work = out.absolute(), work.absolute()
     check_replaceable(out)
     folder = StableDiffusion3KontextPipeline.find_folder(base)
