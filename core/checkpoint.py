@@ -236,7 +236,7 @@ def save_tensors(
         raise InputError(f"output {path}", found="no such folder", expected="an existing folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("wb") as file:
             mode = os.fstat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes files private
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.chmod(mode)

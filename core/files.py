@@ -30,7 +30,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("xb") as file:
+        with partial.open("wb") as file:  # one of a killed process that had this number is no hindrance
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -145,13 +145,23 @@ class FlowGRPOConfig(KontextConfig):
         elif self.train_timesteps > self.num_inference_steps:
             expected = f"at most num_inference_steps, {self.num_inference_steps}"
             raise InputError("train_timesteps", found=self.train_timesteps, expected=expected)
+        if self.dynamics == "cps" and self.eta > 1:
+            raise InputError("eta", found=self.eta, expected="at most 1 for cps, where all of a step is noise")
+        if self.auto_find_batch_size:
+            remedy = "Lower per_device_train_batch_size, and num_generations with it."
+            expected = "false: a generation is made of whole groups"
+            raise InputError("auto_find_batch_size", found="true", expected=expected, remedy=remedy)
         whole = self.steps_per_generation * self.num_iterations
-        if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % whole:
-            raise InputError(
-                "save_steps",
-                found=f"{self.save_steps} steps of {self.gradient_accumulation_steps} batches",
-                expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
-            )
+        saved = {"save_steps": self.save_steps} if self.save_strategy == "steps" else {}
+        if self.save_strategy != "no" and self.max_steps > 0:
+            saved["max_steps"] = self.max_steps  # the last step is always saved
+        for name, steps in saved.items():
+            if steps * self.gradient_accumulation_steps % whole:
+                raise InputError(
+                    name,
+                    found=f"{steps} steps of {self.gradient_accumulation_steps} batches",
+                    expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
+                )
 
     def _check_window(self) -> None:
         first, last = (*self.sde_window_range, 0, 0)[:2]

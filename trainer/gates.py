@@ -12,9 +12,16 @@ from ..core.checkpoint import save_tensors
 from ..core.files import write_file
 from .held_out import HeldOut, Measurement
 from .interference import has_fallen
+from .kontext_trainer import last_checkpoint
 
 GATE_ACTIONS = ("rollback", "stop", "warn")
 _LOOKS, _BEST = "gate.json", "gate-best-{}.safetensors"
+
+
+def _best_of(looks: list[dict]) -> dict | None:
+    """Return the look with the best score, the first of equals, of those where no task had fallen."""
+    good = [look for look in looks if not look["fell"]]
+    return max(good, key=lambda look: (look["score"], -look["step"]), default=None)
 
 
 class GateCallback(TrainerCallback):
@@ -62,10 +69,10 @@ class GateCallback(TrainerCallback):
             control.should_training_stop |= self._look(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps and not control.should_training_stop:
-            self._look(state.global_step)
+        if self.looks[-1]["step"] != state.global_step and not self.looks[-1]["ends"]:
+            self._look(state.global_step)  # a stage need not end at a multiple of `steps`
         if self.fell and self.action == "rollback":
-            step = self._best()["step"]
+            step = _best_of(self.looks)["step"]
             self.trainer.restore(load_file(self.folder / _BEST.format(step)))
             if self.trainer.is_world_process_zero():
                 self._say(f"back to the weights of step {step}")
@@ -74,11 +81,6 @@ class GateCallback(TrainerCallback):
     def fell(self) -> bool:
         """Whether a task had fallen when they were last looked at."""
         return bool(self.looks[-1]["fell"])
-
-    def _best(self) -> dict | None:
-        """Return the look with the best score, the first of equals, of those where no task had fallen."""
-        good = [look for look in self.looks if not look["fell"]]
-        return max(good, key=lambda look: (look["score"], -look["step"]), default=None)
 
     def _look(self, step: int) -> bool:
         """Measure, in the first process; returns, in all of them, whether the stage ends."""
@@ -96,17 +98,16 @@ class GateCallback(TrainerCallback):
         shares = {task: round(now.mean(), 4) for task, now in measured.items()}
         own = [measured[task].mean() for task in self.own if task in measured]
         score = sum(own) / len(own) if own else 0.0
-        first = self._baseline() or measured
+        first = self._baseline()
         fallen = [
             task for task, now in measured.items()
             if task in first and has_fallen(first[task].strict, now.strict, self.max_drop)
         ]  # fmt: skip
-        best = self._best()
+        best = _best_of(self.looks)
         reached = self.target is not None and score >= self.target and step > 0
         ends = reached or (bool(fallen) and self.action != "warn")
         look = {"step": step, "score": score, "fell": fallen, "ends": ends, **shares}
-        if not self.looks:
-            look["measured"] = {task: now.to_json() for task, now in measured.items()}
+        look["measured"] = {task: now.to_json() for task, now in measured.items() if task not in first}
         self.looks.append(look)
         if not fallen and (best is None or score > best["score"]):
             self._keep(step)
@@ -117,19 +118,23 @@ class GateCallback(TrainerCallback):
         if reached:
             self._say(f"the stage's target of {self.target} is reached")
 
-    def _baseline(self) -> dict[str, Measurement] | None:
-        if not self.looks:
-            return None
-        return {task: Measurement.from_json(kept) for task, kept in self.looks[0]["measured"].items()}
+    def _baseline(self) -> dict[str, Measurement]:
+        """Return how each task was when it was first looked at: a judge may have been down as the stage began."""
+        kept = {task: found for look in reversed(self.looks) for task, found in look.get("measured", {}).items()}
+        return {task: Measurement.from_json(found) for task, found in kept.items()}
 
     def _keep(self, step: int) -> None:
-        """Keep the averaged weights of this look, and no others."""
+        """Keep the averaged weights of this look, and the best ones up to the checkpoint where a run would go on."""
         path = self.folder / _BEST.format(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.trainer.averaged_weights():
             save_tensors(self.trainer.trained_weights(), path)
+        checkpoint = last_checkpoint(self.folder, self.trainer.args.use_ema)
+        last = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        before = _best_of([look for look in self.looks if look["step"] <= last])
+        needed = {path, *([] if before is None else [self.folder / _BEST.format(before["step"])])}
         for other in self.folder.glob(_BEST.format("*")):
-            if other != path:
+            if other not in needed:
                 other.unlink()
 
     def _say(self, text: str) -> None:

@@ -71,6 +71,9 @@ def check_task(script_args: GRPOArguments, args: FlowGRPOConfig) -> None:
         raise InputError("reward_weights", found=found, expected="one number for each of reward_funcs")
     if script_args.lora_name_or_path is not None and not script_args.use_peft:
         raise InputError("lora_name_or_path", found="no use_peft", expected="use_peft: true")
+    if script_args.use_peft and script_args.lora_dropout:
+        expected = "0: pictures are drawn without it, and what is learned is compared with that"
+        raise InputError("lora_dropout", found=script_args.lora_dropout, expected=expected)
     if args.train_text_encoder:
         raise InputError("train_text_encoder", found="true", expected="false: rewards train the transformer alone")
 
@@ -106,6 +109,8 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "estimator": args.estimator,
         "old_policy": args.old_policy,
         "num_generations": args.num_generations,
+        "steps_per_generation": args.steps_per_generation,
+        "num_iterations": args.num_iterations,
     }
     check_identity(args, identity, resumed)
     previews = previews_of(script_args, args, rows)

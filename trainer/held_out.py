@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..core.errors import InputError
 from .data.prompts import PromptDataset
 from .micro.evaluate import evaluate
 from .micro.sheet import result_sheet
@@ -86,12 +87,17 @@ def reward_held_out(
     seed: int,
     without: int = 0,
     batch_size: int = 8,
+    most_unanswered: float = 1.0,
     **sampling,
 ) -> HeldOut:
     """Return a measuring by rewards: soft is their weighted mean, strict that it is at least `strict_reward`.
 
     Up to `count` rows of each task are taken, evenly spread over the data, but for those that another measuring of
-    `without` rows takes, where there are enough others. A task that no reward is for is left out.
+    `without` rows takes, where there are enough others. A task that no reward is for is left out. A sample of which
+    a reward could not be found out has no figure: the others alone would say something else.
+
+    Raises:
+        InputError: when measuring, a task of which a larger share than `most_unanswered` could not be found out.
     """
     chosen: dict[str, list[int]] = {}
     for task in TASKS:
@@ -109,10 +115,19 @@ def reward_held_out(
             samples = [rows[i] for i in indices]
             images = _draw(pipeline, samples, seed, batch_size, sampling)
             columns = columns_of(samples)
-            scores = asyncio.run(ask_all(rewards, [s["prompt"] for s in samples], images, columns))
+            scores, missing = asyncio.run(ask_all(rewards, [s["prompt"] for s in samples], images, columns))
+            unanswered = missing.any(1).numpy()
+            if unanswered.mean() > most_unanswered:
+                raise InputError(
+                    f"measuring {task}",
+                    found=f"{unanswered.sum()} of {len(samples)} samples whose reward could not be found out",
+                    expected=f"at most a share of {most_unanswered}",
+                    remedy="See what its judge said, and give the same command again: it goes on here.",
+                )
             share = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64).expand_as(scores)
             applies = ~scores.isnan()
             soft = ((scores.nan_to_num() * share).sum(1) / (applies * share.abs()).sum(1)).numpy()
+            soft[unanswered] = np.nan
             if np.isnan(soft).all():  # no reward is for this task
                 continue
             strict = np.where(np.isnan(soft), np.nan, soft >= strict_reward)

@@ -81,6 +81,12 @@ class KontextConfig(TrainingArguments):
         default=False, metadata={"help": "Kept False: the collator reads columns that no forward signature names."}
     )
 
+    @property
+    def n_gpu(self) -> int:
+        """One GPU for each process: `nn.DataParallel`, transformers' way to use several, knows no bf16 and would take
+        the GPUs of judges; `--accelerate_config` trains on several."""
+        return min(super().n_gpu, 1)
+
     def __post_init__(self):
         super().__post_init__()
         if self.eval_strategy != "no":

@@ -81,7 +81,8 @@ class PrefixStore:
 
 
 def _digest(picture: torch.Tensor) -> bytes:
-    return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).digest()
+    content = f"{tuple(picture.shape)}".encode() + picture.contiguous().numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _bytes(row: PrefixCache) -> int:

@@ -24,6 +24,7 @@ from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_o
 from .interference import INTERFERENCE_FILE, figure_text, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
+from .rewards.registry import JUDGES
 from .script import MICRO, finish, load_pipeline, parse_settings, stages_card
 from .sheets import save_sheet
 from .stages import parse_stages, run_stages
@@ -31,6 +32,7 @@ from .stages import parse_stages, run_stages
 _MEASURED = "measured"
 _START = "start"
 _GATE_STREAM = 1_000_003  # added to eval_seed: what takes part in training is not what is measured at the end
+_MOST_UNANSWERED = 0.2  # share of what is measured around a stage
 _COLORS = {"t2i": "#1f6feb", "edit": "#d1242f"}
 _MEASURING = (
     "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "strict_reward",
@@ -136,15 +138,15 @@ def _held_out(stages, pipeline, gate: bool, loaded: dict | None = None) -> HeldO
         return micro_held_out(count, seed, **sampling)
     rows = load_rows(script_args.eval_dataset_name, script_args, args, pipeline, alone=not gate)
     rewards = _measured_rewards(stages)
-    loaded = dict(loaded or {})
+    loaded = {name: function for name, function in (loaded or {}).items() if name not in JUDGES}
     missing = [name for name in rewards if name not in loaded]
-    if missing:
-        functions = replace(script_args, reward_funcs=missing).load_rewards(args.device)
+    if missing:  # a judge that is down for a while is waited for: figures of the others alone decide nothing
+        functions = replace(script_args, reward_funcs=missing).load_rewards(args.device, patient=True)
         loaded |= zip(missing, functions, strict=True)
     functions = [loaded[name] for name in rewards]
-    without = script_args.eval_n if gate else 0
+    choice = {"without": script_args.eval_n} if gate else {"most_unanswered": _MOST_UNANSWERED}
     return reward_held_out(
-        rows, functions, list(rewards.values()), script_args.strict_reward, count, seed, without, **sampling
+        rows, functions, list(rewards.values()), script_args.strict_reward, count, seed, **choice, **sampling
     )
 
 

@@ -32,6 +32,7 @@ from unipic2.core.checkpoint import (
     transformer_config,
 )
 from unipic2.core.errors import InputError
+from unipic2.core.files import write_file
 from unipic2.trainer import SD3Transformer2DKontextModel
 
 PAIR = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4)}
@@ -339,6 +340,16 @@ def test_save_tensors_replaces_as_a_whole(tmp_path):
     assert read_header(path).metadata == {"format": "pt"}
     assert list(load_file(path)) == ["c"]
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    """In a container a program has the same number each time it is started."""
+    for name in ("x.safetensors", "x.json"):
+        (tmp_path / f".{name}.{os.getpid()}.tmp").write_bytes(b"cut off")
+    save_tensors(PAIR, tmp_path / "x.safetensors")
+    write_file(tmp_path / "x.json", "{}")
+    assert_same_tensors(load_file(tmp_path / "x.safetensors"), PAIR)
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"] and (tmp_path / "x.json").read_text() == "{}"
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypatch):

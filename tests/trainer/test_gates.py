@@ -18,7 +18,7 @@ class FakeTrainer:
     """Weights that a test sets; what a gate needs of a trainer."""
 
     def __init__(self, folder):
-        self.args = SimpleNamespace(output_dir=str(folder), world_size=1)
+        self.args = SimpleNamespace(output_dir=str(folder), world_size=1, use_ema=False)
         self.model, self.pipeline = torch.nn.Linear(1, 1, bias=False), None
         torch.nn.init.zeros_(self.model.weight)
 
@@ -46,10 +46,12 @@ class FakeTrainer:
 def run_gate(tmp_path):
     """Return a function that runs a gate over `(t2i, edit)` shares of looks 10 steps apart, the first before training.
 
-    The weight is the number of the step. Returns the gate, the trainer and the step at which training stopped.
+    The weight is the number of the step; training is up to step `last`.
+
+    Returns the gate, the trainer and the step at which training stopped.
     """
 
-    def run(shares, own=("t2i",), target=None, action="rollback", from_step=0):
+    def run(shares, own=("t2i",), target=None, action="rollback", from_step=0, last=None):
         trainer, place = FakeTrainer(tmp_path), iter(shares)
 
         def held_out(pipeline):
@@ -58,17 +60,19 @@ def run_gate(tmp_path):
             found = {
                 task: Measurement([""] * N, (np.arange(N) < share * N).astype(float), np.ones(N))
                 for task, share in zip(("t2i", "edit"), right, strict=True)
+                if share is not None
             }
             return found, None
 
         gate = GateCallback(trainer, held_out, own, steps=10, max_drop=0.02, target=target, action=action)
         control, state = SimpleNamespace(should_training_stop=False), SimpleNamespace(global_step=from_step)
         gate.on_train_begin(None, state, control)
-        looks = len(shares) - (0 if from_step else 1)
-        while not control.should_training_stop and state.global_step < from_step + 10 * looks:
+        last = last or from_step + 10 * (len(shares) - (0 if from_step else 1))
+        while not control.should_training_stop and state.global_step < last:
             state.global_step += 1
             with torch.no_grad():
                 trainer.model.weight.fill_(state.global_step)
+            control.should_training_stop = state.global_step == last  # as transformers' own callback says it
             gate.on_step_end(None, state, control)
         gate.on_train_end(None, state, control)
         return gate, trainer, state.global_step
@@ -116,6 +120,30 @@ def test_a_resumed_stage_remembers_its_looks(run_gate, tmp_path):
     assert step == 30 and trainer.model.weight.item() == 20
     (kept,) = tmp_path.glob("gate-best-*.safetensors")
     assert kept.stem == "gate-best-20" and load_file(kept)["weight"].item() == 20
+
+
+def test_the_weights_that_a_stage_ends_with_are_looked_at(run_gate):
+    """Also where it does not end with a look, or has none on the way."""
+    gate, trainer, step = run_gate([(0.5, 0.8), (0.6, 0.8), (0.7, 0.6)], last=15)
+    assert [look["step"] for look in gate.looks] == [0, 10, 15] and step == 15
+    assert gate.fell and trainer.model.weight.item() == 10
+    gate, trainer, _ = run_gate([(0.5, 0.8), (0.6, 0.8)], last=5)
+    assert [look["step"] for look in gate.looks] == [0, 5] and trainer.model.weight.item() == 5
+
+
+def test_a_run_that_goes_on_at_its_checkpoint_can_still_go_back(run_gate, tmp_path):
+    """The best weights up to the last checkpoint stay: later looks may turn out otherwise the second time."""
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"step": 10}')
+    run_gate([(0.5, 0.8), (0.6, 0.8), (0.7, 0.8)])
+    assert sorted(file.stem for file in tmp_path.glob("gate-best-*")) == ["gate-best-10", "gate-best-20"]
+    _, trainer, _ = run_gate([(0.9, 0.5)], from_step=10)
+    assert trainer.model.weight.item() == 10
+
+
+def test_a_task_that_could_not_be_judged_at_first_is_guarded_from_then_on(run_gate):
+    gate, trainer, _ = run_gate([(0.5, None), (0.6, 0.8), (0.7, 0.5)])
+    assert gate.looks[0].keys().isdisjoint({"edit"}) and gate.fell and trainer.model.weight.item() == 10
 
 
 def test_a_stage_that_ended_before_its_export_stays_ended(run_gate):

@@ -1,11 +1,15 @@
 """The interference matrix: intervals, paired differences, negative transfer."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
-from unipic2.trainer.held_out import Measurement
+from unipic2.core.errors import InputError
+from unipic2.trainer.held_out import Measurement, reward_held_out
 from unipic2.trainer.interference import has_fallen, matrix, paired_difference, share_interval, write_matrix
 
 
@@ -45,6 +49,44 @@ def test_what_is_not_known_of_both_is_left_out():
     assert again.mean() == 1 and np.isnan(again.strict[1])
     found = matrix({"start": {"edit": one}}, 0.02)["start"]["edit"]
     assert found["n"] == 1 and found["kinds"] == {"a": 1.0, "b": None}
+
+
+class Painter:
+    """What measuring needs of a pipeline: grey pictures."""
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    def __call__(self, prompts, image, height, width, **sampling):
+        return SimpleNamespace(images=[Image.new("RGB", (width, height), "gray") for _ in prompts])
+
+
+class Rows(list):
+    is_edit = [False] * 4
+
+
+@pytest.mark.parametrize("unanswered", [[1], [0, 1, 2, 3]])
+def test_what_a_reward_could_not_say_is_not_said_by_the_others(unanswered):
+    rows = Rows({"prompt": f"p{i}", "size": (64, 64), "place": i} for i in range(4))
+
+    def judge(prompts, images, place, **columns):
+        return [math.nan if i in unanswered else 0.6 for i in place]
+
+    def kept(prompts, images, **columns):
+        return [1.0] * len(prompts)
+
+    def for_edits(prompts, images, **columns):
+        return [None] * len(prompts)
+
+    rewards = [judge, kept, for_edits]
+    found, _ = reward_held_out(rows, rewards, None, 0.9, 4, 0)(Painter())
+    if len(unanswered) == 4:
+        assert not found
+    else:
+        assert np.isnan(found["t2i"].soft).tolist() == [False, True, False, False]
+        assert found["t2i"].mean() == 0 and found["t2i"].soft[0] == pytest.approx(0.8)
+    with pytest.raises(InputError, match=f"measuring t2i: found {len(unanswered)} of 4 samples.*share of 0.2"):
+        reward_held_out(rows, rewards, None, 0.9, 4, 0, most_unanswered=0.2)(Painter())
 
 
 def test_a_fall_counts_when_it_is_large_and_no_chance():

@@ -339,6 +339,11 @@ def test_the_store_lets_go_of_what_was_used_longest_ago(make_pipeline, pixels):
     store(["a"], None)
     store(["c"], None)
     assert [key[0] for key in store.rows] == ["a", "c"] and store.size <= store.limit
+    black, turned = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.zeros(1, 3, 96, 64, dtype=torch.uint8)
+    store.limit, misses = math.inf, store.misses
+    store([""], black)
+    store([""], turned)
+    assert store.misses == misses + 2, "the same bytes, other pictures"
     seen = (pixels * 255).byte()
     mixed = store(["a", "a"], seen[:2])
     torch.testing.assert_close(mixed.keys, remember(pipe.text_encoder, pipe.prefix(["a", "a"], seen[:2] / 255)).keys)

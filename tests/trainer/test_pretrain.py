@@ -273,6 +273,13 @@ def test_what_transformers_would_take_and_do_otherwise_is_refused(config_file, f
         parse([*config_file("model_name_or_path: m\n"), *flags.split()])
 
 
+def test_one_process_takes_one_gpu(config_file):
+    """A judge may have the other, and transformers would spread the model over both without bf16."""
+    args = parse(config_file("model_name_or_path: m\nper_device_train_batch_size: 3\n"))[1]
+    args._n_gpu = 4
+    assert args.n_gpu == 1 and args.train_batch_size == 3
+
+
 def test_the_micro_world_is_known_by_its_whole_name(config_file):
     argv = config_file("model_name_or_path: m\ndataset_name: /data/microscopy\ncache_dir: c\n")
     assert parse(argv)[0].dataset_name == ["/data/microscopy"]

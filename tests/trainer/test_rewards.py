@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from unipic2.core.errors import InputError
 from unipic2.trainer.micro.tasks import sample_edit, sample_t2i
 from unipic2.trainer.micro.world import render
-from unipic2.trainer.rewards import ask_all, looked_through
+from unipic2.trainer.rewards import ask_all, columns_of, looked_through
 from unipic2.trainer.rewards.aesthetic import AestheticScore
 from unipic2.trainer.rewards.digit_judge import EditDigitJudge
 from unipic2.trainer.rewards.judge import EditJudge
@@ -29,7 +31,11 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 def ask(functions, count=2, **columns):
-    return looked_through(functions, asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns)))
+    return looked_through(functions, asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns))[0])
+
+
+def unknown(values):
+    return all(value is not None and math.isnan(value) for value in values)
 
 
 # Any function
@@ -58,6 +64,21 @@ def test_no_reward_at_all_is_told_and_ends_nothing():
 
     found = ask([absent])
     assert found.rewards.isnan().all() and found.warnings == ("no reward for any of 2 samples, from absent",)
+
+
+def test_what_is_unknown_is_not_what_does_not_apply():
+    def reward(prompts, images, **columns):
+        return [1.0, None, math.nan]
+
+    rewards, missing = asyncio.run(ask_all([reward], ["p"] * 3, [PICTURE] * 3, {}))
+    assert rewards[0] == 1 and rewards[1:].isnan().all() and missing.tolist() == [[False], [False], [True]]
+
+
+def test_columns_that_are_called_like_arguments():
+    rows = [{"prompt": "p", "images": ["a.png"], "prompts": "q", "tag": "t"}]
+    columns = columns_of(rows)
+    assert columns == {"tag": ["t"], "source_image": [None]}
+    assert ask([lambda prompts, images, **found: [len(found)]], 1, **columns).rewards.tolist() == [[2]]
 
 
 def boom(prompts, images, **columns):
@@ -128,7 +149,7 @@ def test_text_to_image_is_not_asked_about(server):
 def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer, reason):
     server.behave = lambda number, request: answer
     values, judge = judged(server, max_retries=1, timeout=0.3)
-    assert values == [None] and len(server.requests) == 4, "two questions, each asked twice"
+    assert unknown(values) and len(server.requests) == 4, "two questions, each asked twice"
     ((found, count),) = judge.endpoint.failures.items()
     assert found.startswith(reason) and count == 2
 
@@ -152,7 +173,7 @@ def test_every_answer_that_cannot_be_used_is_counted(server, answer, reason):
     """It is not asked for again, and does not count against the server."""
     server.behave = lambda number, request: answer
     values, judge = judged(server, 3, max_retries=2, max_failures=1)
-    assert values == [None] * 3 and len(server.requests) == 6 and judge.endpoint.failures == {reason: 6}
+    assert unknown(values) and len(server.requests) == 6 and judge.endpoint.failures == {reason: 6}
 
 
 def test_one_bad_answer_is_mended_by_asking_again(server):
@@ -167,7 +188,7 @@ def test_one_failure_does_not_touch_the_others(server):
 
     server.behave = behave
     values, judge = judged(server, 3, max_retries=0)
-    assert values == [1.0, None, 1.0] and sum(judge.endpoint.failures.values()) == 1
+    assert values[::2] == [1.0, 1.0] and unknown(values[1:2]) and judge.endpoint.failures.total() == 1
 
 
 def test_the_same_question_is_asked_once(server, tmp_path):
@@ -183,20 +204,38 @@ def test_the_same_question_is_asked_once(server, tmp_path):
 def test_failures_of_one_outage_are_one_pause(server):
     """What was under way when the pause began does not make it longer."""
     server.behave = lambda number, request: (time.sleep(0.1), (500, b""))[1]
-    _, judge = judged(server, 6, max_retries=0, concurrency=12, max_failures=3, cooldown=5.0)
+    _, judge = judged(server, 8, max_retries=0, concurrency=4, max_failures=3, cooldown=5.0)
     assert judge.endpoint._trips == 1 and judge.endpoint._closed_until - time.monotonic() < 5.0
 
 
-def test_a_server_says_how_long_to_wait(server):
+@pytest.mark.parametrize("status", [429, 500])
+def test_one_hiccup_of_many_requests_is_one_failure(server, status):
+    asked = set()
+
+    def behave(number, request):
+        time.sleep(0.1)
+        first = (key := json.dumps(request)) not in asked
+        asked.add(key)
+        return (status, b"") if first else good(10, 10)
+
+    server.behave = behave
+    values, judge = judged(server, 6, max_retries=1, concurrency=12, max_failures=8, cooldown=60.0)
+    assert values == [1.0] * 6 and not judge.endpoint.failures and len(server.requests) == 24
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_a_server_says_how_long_to_wait(server, date):
+    """All questions wait, those too that it did not turn away."""
     begun = []
 
     def behave(number, request):
         begun.append(time.monotonic())
-        return (429, b"") if number < 2 else good(10, 10)
+        return (429, b"") if number < 1 else good(10, 10)
 
-    server.behave, server.retry_after = behave, "1"
-    values, _ = judged(server, max_retries=1)
-    assert values == [1.0] and begun[2] - begun[0] >= 0.9
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)  # whole seconds
+    server.behave, server.retry_after = behave, later if date else "1"
+    values, _ = judged(server, 2, max_retries=1, concurrency=1)
+    assert values == [1.0] * 2 and min(begun[1:]) - begun[0] >= 0.8
 
 
 def test_requests_at_a_time_are_limited(server):
@@ -208,7 +247,7 @@ def test_requests_at_a_time_are_limited(server):
 def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server, capsys):
     server.behave = lambda number, request: (500, b"")
     values, judge = judged(server, 10, max_retries=0, concurrency=1, max_failures=3, cooldown=0.4)
-    assert values == [None] * 10 and len(server.requests) == 3
+    assert unknown(values) and len(server.requests) == 3
     assert judge.endpoint.failures == {"status 500": 3, "server left alone after status 500": 17}
     told = "20 questions without an answer (server left alone after status 500: 17, status 500: 3)"
     assert told in capsys.readouterr().err
@@ -218,9 +257,9 @@ def test_a_server_that_keeps_failing_is_left_alone_for_a_while(server, capsys):
         return asyncio.run(judge(["x"] * 3, images, source_image=[PICTURE] * 3))
 
     time.sleep(0.4)
-    assert again() == [None] * 3 and len(server.requests) == 4, "one request tries it, and fails"
+    assert unknown(again()) and len(server.requests) == 4, "one request tries it, and fails"
     time.sleep(0.4)
-    assert again() == [None] * 3 and len(server.requests) == 4, "twice as long"
+    assert unknown(again()) and len(server.requests) == 4, "twice as long"
     time.sleep(0.4)
     server.behave = lambda number, request: good(10, 10)
     assert again() == [1.0] * 3
@@ -238,7 +277,7 @@ def test_waiting_for_a_retry_holds_nobody_up(server):
 
 def test_no_server_at_all():
     judge = EditJudge("http://127.0.0.1:9/v1", "m", max_retries=0)
-    assert asyncio.run(judge(["x"], [PICTURE], source_image=[PICTURE])) == [None]
+    assert unknown(asyncio.run(judge(["x"], [PICTURE], source_image=[PICTURE])))
     assert list(judge.endpoint.failures) == ["connection: ConnectError"]
 
 
@@ -310,7 +349,7 @@ def test_the_mean_of_the_digits_by_their_probabilities(server):
 def test_answers_without_a_digit_are_counted(server, answer, reason):
     server.behave = lambda number, request: answer
     values, judge = graded(server, 2)
-    assert values == [None, None] and judge.endpoint.failures == {reason: 2}
+    assert unknown(values) and judge.endpoint.failures == {reason: 2}
 
 
 # Text in pictures

@@ -1,8 +1,8 @@
 """Reward functions of reinforcement learning, in TRL's shape: `f(prompts, images, **columns) -> list[float | None]`.
 
 `prompts` are texts and `images` 8-bit RGB pictures, one for each sample; `columns` are the dataset's others, as lists.
-None says that a reward does not apply to a sample, or could not be found out. A function may be a coroutine; several
-are awaited together.
+None says that a reward does not apply to a sample, nan that it could not be found out, such as by a judge that does
+not answer. A function may be a coroutine; several are awaited together.
 """
 
 import asyncio
@@ -30,8 +30,9 @@ class Scores:
     """What a person should know: no reward at all, or one that says the same of everything, teaches nothing."""
 
 
-NOT_COLUMNS = ("prompt", "size", "source_image", "broken", DRAW_SEED)
-"""What rows say to the trainer, not to rewards; `source_image` is always there for these."""
+NOT_COLUMNS = ("prompt", "size", "source_image", "broken", DRAW_SEED, "prompts", "images")
+"""What rows say to the trainer, not to rewards, and names of their own arguments; `source_image` is always there for
+these."""
 
 
 def columns_of(rows: list[dict]) -> dict[str, list]:
@@ -47,19 +48,28 @@ def name_of(function: RewardFunction) -> str:
 
 async def ask_all(
     functions: Sequence[RewardFunction], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-) -> torch.Tensor:
-    """Return what all reward functions say of B samples, (B, R), float64; nan where a reward does not apply.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what all reward functions say of B samples.
 
     Args:
         functions: R reward functions.
         prompts, images: B each.
         columns: B values each.
 
+    Returns:
+        Rewards (B, R), float64, nan where there is none; and where one could not be found out (B, R), bool.
+
     Raises:
         InputError: a function that fails, or returns another number of values, infinity or no numbers.
     """
     found = await asyncio.gather(*(_ask(function, prompts, images, columns) for function in functions))
-    return torch.tensor(found, dtype=torch.float64).reshape(len(functions), len(prompts)).T
+    values = [[math.nan if value is None else value for value in one] for one in found]
+    missing = [[value is not None and math.isnan(value) for value in one] for one in found]
+    shape = len(functions), len(prompts)
+    return (
+        torch.tensor(values, dtype=torch.float64).reshape(shape).T,
+        torch.tensor(missing, dtype=torch.bool).reshape(shape).T,
+    )
 
 
 def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor) -> Scores:
@@ -74,7 +84,7 @@ def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor) -
     return Scores(rewards, tuple(warnings))
 
 
-async def _ask(function: RewardFunction, prompts, images, columns) -> list[float]:
+async def _ask(function: RewardFunction, prompts, images, columns) -> list[float | None]:
     name = f"reward {name_of(function)}"
     try:
         values = function(prompts, images, **columns)
@@ -89,10 +99,10 @@ async def _ask(function: RewardFunction, prompts, images, columns) -> list[float
     numbers = []
     for value in values:
         try:
-            number = math.nan if value is None else float(value)
+            number = None if value is None else float(value)
         except (TypeError, ValueError):
             number = math.inf
-        if math.isinf(number):
+        if number is not None and math.isinf(number):
             raise InputError(name, found=repr(value)[:80], expected="a number or None for each sample")
         numbers.append(number)
     return numbers

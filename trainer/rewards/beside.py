@@ -104,4 +104,4 @@ class Beside:
 
     async def _ask(self, functions: Sequence[RewardFunction], part: slice) -> torch.Tensor:
         columns = {name: values[part] for name, values in self.columns.items()}
-        return await ask_all(functions, self.prompts[part], self.images[part], columns)
+        return (await ask_all(functions, self.prompts[part], self.images[part], columns))[0]

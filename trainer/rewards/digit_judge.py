@@ -60,14 +60,14 @@ class EditDigitJudge:
         self, prompts: list[str], images: list[Image.Image], source_image: list[Image.Image | None],
         requirement: list[str | None] | None = None, **columns,
     ) -> list[float | None]:  # fmt: skip
-        """Return the reward (0 to 1) of each edit, None where there is no source or no answer."""
+        """Return the reward (0 to 1) of each edit, None where there is no source, nan where there is no answer."""
 
         async def reward(ask: Ask, prompt: str, image, source, required: str | None) -> float | None:
             if source is None:
                 return None
             question = self.prompt.format(instruction=prompt, requirement=required or "")
             digit = await ask(question, lambda: [source, image], expected_digit, **_REQUEST)
-            return None if digit is None else digit / _HIGHEST
+            return math.nan if digit is None else digit / _HIGHEST
 
         requirements = requirement or [None] * len(prompts)
         async with self.endpoint.session() as ask:

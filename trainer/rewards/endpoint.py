@@ -16,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -43,7 +45,7 @@ class JudgeFailed(Exception):
 class ServerFailed(JudgeFailed):
     """It is the server's doing, and may be another time: no connection, no answer in time, too busy, broken.
 
-    `wait` is how many seconds the server asked to be left alone.
+    `wait` is how many seconds the server asked to be left alone, by all questions.
     """
 
     def __init__(self, reason: str, wait: float = 0):
@@ -63,7 +65,8 @@ class Endpoint:
             again, as they would be the same.
         backoff: seconds before the first retry, doubled for each further one.
         concurrency: requests under way at a time.
-        max_failures: failures of the server in a row after which it is left alone.
+        max_failures: failures of the server in a row after which it is left alone; requests that were under way when
+            one was counted do not count, as one hiccup fails them all.
         cooldown: seconds that it is left alone; then one request tries it, and it is twice as long if that fails, too.
         cache_dir: folder of usable answers; None keeps none.
         patient: for work that is worth nothing without its answers: a question is tried 20 times more, a server that
@@ -112,6 +115,7 @@ class Endpoint:
         """`requests` that were answered, `kept` answers used again, and the tokens that the server counted."""
         self._in_a_row = self._trips = 0
         self._closed_until, self._probing, self._last_failure = 0.0, False, ""
+        self._busy_until = self._last_counted = 0.0
 
     @asynccontextmanager
     async def session(self):
@@ -153,35 +157,40 @@ class Endpoint:
                 found = read(dict(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8"))["answer"]))
                 self.usage["kept"] += 1
                 return found
-        attempt = wait = 0
+        attempt = 0
         while True:
-            if attempt:
-                pause = self.backoff * 2 ** min(attempt - 1, _MOST_DOUBLINGS)
-                await asyncio.sleep(max(pause, wait))  # outside the slot: others may ask meanwhile
+            if attempt:  # outside the slot: others may ask meanwhile
+                await asyncio.sleep(self.backoff * 2 ** min(attempt - 1, _MOST_DOUBLINGS))
             async with slots:
-                is_probe = self._admit()
+                started = time.monotonic()
+                busy = self._busy_until - started
+                is_probe = None if busy > 0 else self._admit()
                 if is_probe is not None:
                     try:
                         answer = await self._once(client, await asyncio.to_thread(question.body))
                         found = read(answer)
                     except ServerFailed as failed:
-                        self._last_failure, wait = str(failed), failed.wait
-                        self._note(False, is_probe)
+                        self._last_failure = str(failed)
+                        self._busy_until = max(self._busy_until, time.monotonic() + failed.wait)
+                        self._note(False, is_probe, started)
                         attempt += 1
                         if attempt > (_PATIENT_RETRIES if self.patient else self.max_retries):
                             raise
                         continue
                     except JudgeFailed:
-                        self._note(True, is_probe)
+                        self._note(True, is_probe, started)
                         raise
                     except BaseException:
                         self._probing = self._probing and not is_probe
                         raise
-                    self._note(True, is_probe)
+                    self._note(True, is_probe, started)
                     if path is not None:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         await asyncio.to_thread(write_file, path, json.dumps({"answer": answer}))
                     return found
+            if busy > 0:
+                await asyncio.sleep(busy)
+                continue
             # One that was never there is not worth waiting for.
             was_there = self.usage["requests"] or not self._last_failure.startswith("connection")
             if not self.patient or self._trips > self.max_trips or not was_there:
@@ -195,15 +204,17 @@ class Endpoint:
         self._probing = self._trips > 0
         return self._probing
 
-    def _note(self, answered: bool, is_probe: bool) -> None:
-        """Count what became of a request. Those that went out before a pause say nothing more about the server."""
+    def _note(self, answered: bool, is_probe: bool, started: float) -> None:
+        """Count what became of a request. Those that went out before a pause, or before the failure that was counted
+        last, say nothing more about the server."""
         if is_probe:
             self._probing = False
         if answered:
             self._in_a_row = self._trips = 0
             return
-        if self._trips and not is_probe:
+        if not is_probe and (self._trips or started < self._last_counted):
             return
+        self._last_counted = time.monotonic()
         self._in_a_row += 1
         if is_probe or self._in_a_row >= self.max_failures:
             self._closed_until = time.monotonic() + self.cooldown * 2 ** min(self._trips, _MOST_DOUBLINGS)
@@ -223,10 +234,8 @@ class Endpoint:
             remedy = "Check the endpoint's address, the model's name there, and OPENAI_API_KEY."
             raise InputError(f"judge at {self.url}", found=found, expected="an answer", remedy=remedy)
         if response.status_code in (408, 429) or response.status_code >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise ServerFailed(
-                f"status {response.status_code}", min(float(wait), self.cooldown) if wait.isdigit() else 0
-            )
+            wait = min(_seconds(response.headers.get("Retry-After", "")), self.cooldown)
+            raise ServerFailed(f"status {response.status_code}", wait)
         if response.status_code != 200:
             said = " ".join(response.text.split())[:80]
             raise JudgeFailed(f"status {response.status_code}: {said}" if said else f"status {response.status_code}")
@@ -241,6 +250,16 @@ class Endpoint:
             if isinstance(counted, dict) and type(counted.get(name)) is int:
                 self.usage[name] += counted[name]
         return answer
+
+
+def _seconds(retry_after: str) -> float:
+    """Return how long a `Retry-After` header says to wait: seconds, or until a date; 0 where it says nothing."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(timezone.utc)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without its time zone
+        return 0.0
 
 
 def _ended(under_way: dict[str, asyncio.Task], key: str, task: asyncio.Task) -> None:

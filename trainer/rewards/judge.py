@@ -2,7 +2,7 @@
 
 Scores are VIEScore's (arXiv 2312.14867): SC is the lesser of what was done and what was kept, PQ the lesser of natural
 and free of faults, each 0 to 10, and both together are the root of their product. A sample that cannot be judged gets
-None and is counted with its reason.
+nan and is counted with its reason.
 """
 
 import asyncio
@@ -47,11 +47,13 @@ class EditJudge:
     async def __call__(
         self, prompts: list[str], images: list[Image.Image], source_image: list[Image.Image | None], **columns
     ) -> list[float | None]:
-        """Return the reward (0 to 1) of each edit, None where there is no source or no answer."""
+        """Return the reward (0 to 1) of each edit, None where there is no source, nan where there is no answer."""
 
         async def reward(ask: Ask, prompt: str, image: Image.Image, source: Image.Image | None) -> float | None:
-            found = None if source is None else await self.grades(ask, prompt, lambda: (source, image))
-            return None if found is None else math.sqrt(math.prod(found)) / HIGHEST
+            if source is None:
+                return None
+            found = await self.grades(ask, prompt, lambda: (source, image))
+            return math.nan if found is None else math.sqrt(math.prod(found)) / HIGHEST
 
         async with self.endpoint.session() as ask:
             samples = zip(prompts, images, source_image, strict=True)

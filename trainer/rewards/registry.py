@@ -19,8 +19,8 @@ from .ocr import OcrReward
 from .preservation import preservation
 
 _PLAIN = {"micro_soft": micro_soft, "micro_strict": micro_strict, "preservation": preservation}
-_JUDGES = {"edit_judge": EditJudge, "edit_digit_judge": EditDigitJudge}
-SHIPPED = (*_PLAIN, *_JUDGES, "geneval", "geneval_strict", "clip_score", "pick_score", "hps_v2", "aesthetic", "ocr")
+JUDGES = {"edit_judge": EditJudge, "edit_digit_judge": EditDigitJudge}
+SHIPPED = (*_PLAIN, *JUDGES, "geneval", "geneval_strict", "clip_score", "pick_score", "hps_v2", "aesthetic", "ocr")
 
 
 @dataclass
@@ -71,26 +71,27 @@ class RewardArguments:
             raise InputError("aesthetic_head", found="nothing", expected="a safetensors file of the predictor's head")
         if "hps_v2" in self.reward_funcs and not self.hps_v2_name_or_path:
             raise InputError("hps_v2_name_or_path", found="nothing", expected="a folder with HPSv2 as a CLIP model")
-        if _JUDGES.keys() & set(self.reward_funcs):
+        if JUDGES.keys() & set(self.reward_funcs):
             for name in ("judge_base_url", "judge_model"):
                 if not getattr(self, name):
                     expected = "where the judge answers, and its name there (judge_base_url, judge_model)"
                     raise InputError(name, found="nothing", expected=expected)
 
-    def load_rewards(self, device: torch.device) -> list[RewardFunction]:
-        """Return the reward functions, their models on `device`.
+    def load_rewards(self, device: torch.device, patient: bool = False) -> list[RewardFunction]:
+        """Return the reward functions, their models on `device`; judges that are `patient` or not, see `Endpoint`.
 
         Raises:
             InputError: see `check_rewards`, or a model that cannot be loaded.
         """
         self.check_rewards()
-        return [self._load(name, device) for name in self.reward_funcs]
+        return [self._load(name, device, patient) for name in self.reward_funcs]
 
-    def _load(self, name: str, device: torch.device) -> RewardFunction:
+    def _load(self, name: str, device: torch.device, patient: bool) -> RewardFunction:
         if name in _PLAIN:
             return _PLAIN[name]
-        if name in _JUDGES:
-            return _JUDGES[name](self.judge_base_url, self.judge_model, api_key=os.environ.get("OPENAI_API_KEY"))
+        if name in JUDGES:
+            key = os.environ.get("OPENAI_API_KEY")
+            return JUDGES[name](self.judge_base_url, self.judge_model, api_key=key, patient=patient)
         if name == "clip_score":
             return ClipScore(Clip(self.clip_name_or_path, device))
         if name == "pick_score":
