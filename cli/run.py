@@ -26,7 +26,6 @@ Saved paths go to stdout, one per line; everything else to stderr. Exit status: 
 """
 
 REMEDY = 'In the folder of unipic2: pip install ".[{}]"'
-_MASK_OUTPUT = 1  # of LoadImage
 REQUIRES = {"aiohttp": "aiohttp", "comfy_cli": "comfy-cli", "PIL": "pillow", "tqdm": "tqdm"}
 
 
@@ -222,7 +221,7 @@ class _Job:
                     expected=f"--image NODE=FILE with a node that loads pictures; this workflow has: {known}",
                 )
             png = picture.png
-            if wf.is_read(prompt, target, _MASK_OUTPUT):
+            if wf.reads_transparency(prompt, target):
                 png = read_masked(picture.path)
             elif picture.notes:
                 self.console.note(f"{picture.path}: {', '.join(picture.notes)}")
@@ -234,8 +233,8 @@ class _Job:
         from . import workflow as wf
 
         inputs = wf.picture_inputs(prompt, object_info).items()
-        names = {prompt[node_id]["inputs"].get(name): node_id for node_id, name in inputs}
-        return {k: f"Give the picture with --image {v}=FILE." for k, v in names.items() if isinstance(k, str)}
+        named = [(prompt[node_id]["inputs"].get(name), node_id) for node_id, name in inputs]
+        return {k: f"Give the picture with --image {v}=FILE." for k, v in named if isinstance(k, str)}
 
     async def _within_time(self, running) -> dict:
         try:

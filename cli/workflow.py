@@ -13,6 +13,8 @@ from typing import Any
 from ..core.errors import InputError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "workflows"
+_MASK_OUTPUT = 1  # of LoadImage
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
 VALUE_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
@@ -206,6 +208,14 @@ def is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
+def reads_transparency(prompt: dict, node_id: str) -> bool:
+    """Whether a workflow takes the mask of a node that loads pictures, which is what is transparent of its file."""
+    node = prompt[node_id]
+    if node["class_type"] == "LoadImageMask":
+        return node["inputs"].get("channel", "alpha") == "alpha"
+    return is_read(prompt, node_id, _MASK_OUTPUT)
+
+
 def is_read(prompt: dict, node_id: str, output: int) -> bool:
     """Whether any node reads an output of another one."""
     return any(value == [node_id, output] for node in prompt.values() for value in node["inputs"].values())
@@ -257,11 +267,18 @@ def parse_value(text: str, spec: Any) -> Any:
 
     Inputs that hold text (STRING, or a list of options that has the text itself) keep it unless it is a quoted
     JSON string: a prompt may well be the digit 7.
+
+    Raises:
+        InputError: another value than true or false for a BOOLEAN.
     """
     kind, options = (list(spec) + [None, None])[:2] if isinstance(spec, (list, tuple)) else (None, None)
     listed = kind if isinstance(kind, (list, tuple)) else (options or {}).get("options") or ()
     if text in listed:
         return text
+    if kind == "BOOLEAN":  # ComfyUI takes any text for true
+        if text.lower() not in _SWITCH:
+            raise InputError("--set", found=f"{text!r} for a switch", expected="true or false")
+        return _SWITCH[text.lower()]
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -294,24 +311,17 @@ def _target_and_value(text: str) -> tuple[str, str]:
 
 
 MAX_PROMPT_LENGTH = 4000
-"""Characters; the longest of the text encoders reads 256 tokens, about 1,300 characters."""
+"""Characters for UniPic2 Text Encode; the longest of its encoders reads 256 tokens, about 1,300 characters."""
 
 
 def check_options(prompt: str | None, assignments: list[str], images: list[str]) -> None:
     """Check what of `--prompt`, `--set` and `--image` can be checked without a server.
 
     Raises:
-        InputError: an empty or absurdly long prompt, or an assignment that is none.
+        InputError: an empty prompt, or an assignment that is none.
     """
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt", found="an empty text", expected="what to draw, or what to change")
-    if prompt is not None and len(prompt) > MAX_PROMPT_LENGTH:
-        raise InputError(
-            "--prompt",
-            found=f"{len(prompt):,} characters",
-            expected=f"at most {MAX_PROMPT_LENGTH:,}",
-            remedy="The text encoders read 77 tokens (CLIP) and 256 (T5), so most of it would be lost: shorten it.",
-        )
     for text in assignments:
         _target_and_value(text)
     if len(images) > 1 and (bare := [text for text in images if "=" not in text]):
@@ -322,7 +332,7 @@ def set_prompt(prompt: dict, text: str, object_info: dict) -> str | None:
     """Set the `prompt` input of the only node that has one; return a remark as `set_input` does.
 
     Raises:
-        InputError: no such node, or several.
+        InputError: no such node, or several; or an absurdly long prompt.
     """
     nodes = [i for i, n in prompt.items() if is_value_input_named(n, "prompt", object_info)]
     if len(nodes) != 1:
@@ -333,6 +343,13 @@ def set_prompt(prompt: dict, text: str, object_info: dict) -> str | None:
             else f"{len(nodes)} nodes with one: {', '.join(label(prompt, i) for i in nodes)}",
             expected="exactly one",
             remedy="Use --set NODE.INPUT=TEXT.",
+        )
+    if len(text) > MAX_PROMPT_LENGTH and prompt[nodes[0]]["class_type"] == "UniPic2TextEncode":
+        raise InputError(
+            "--prompt",
+            found=f"{len(text):,} characters",
+            expected=f"at most {MAX_PROMPT_LENGTH:,}",
+            remedy="The text encoders read 77 tokens (CLIP) and 256 (T5), so most of it would be lost: shorten it.",
         )
     return set_input(prompt, nodes[0], "prompt", text, object_info)
 

@@ -43,6 +43,7 @@ def enable_editing(model):
     patched = model.clone()
     if not isinstance(model.get_model_object("diffusion_model.forward"), KontextForward):
         _patch(patched)
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CALLBACK_KEY, _prepare_sampling)
         patched.add_callback_with_key(CallbacksMP.ON_CLONE, CALLBACK_KEY, _follow_model)
     return patched
 
@@ -59,8 +60,10 @@ def _patch(patcher):
         out = stock_conds(**kwargs)
         references = kwargs.get("reference_latents")
         if references:
-            _check_references(references, kwargs.get("noise"))
-            out["ref_latents"] = comfy.conds.CONDList([model.process_latent_in(latent) for latent in references])
+            noise = kwargs.get("noise")
+            _check_references(references, noise, model.diffusion_model.pos_embed_max_size)
+            latents = [model.process_latent_in(latent) for latent in references]
+            out["ref_latents"] = _References(latents, None if noise is None else noise.shape[-2:])
         return out
 
     def extra_conds_shapes(**kwargs):
@@ -77,6 +80,32 @@ def _patch(patcher):
     patcher.add_object_patch("diffusion_model.forward", KontextForward(model.diffusion_model, stock_forward))
 
 
+def _prepare_sampling(executor, patcher, *args, **kwargs):
+    """Put the patches on before ComfyUI estimates memory, which it does before it loads a model, and them with it."""
+    patcher.patch_model(load_weights=False)
+    return executor(patcher, *args, **kwargs)
+
+
+class _References(comfy.conds.CONDList):
+    """References of a cond; one that holds in an area of the picture sees that area of those of the picture's size."""
+
+    def __init__(self, cond, size=None):
+        super().__init__(cond)
+        self.size_of_picture = size
+
+    def process_cond(self, batch_size, area=None, **kwargs):
+        """Return plain conds of a batch; `area` is (height, width, top, left) in latents."""
+        latents = self.cond
+        if area is not None:
+            height, width, top, left = area
+            latents = [
+                latent[..., top : top + height, left : left + width]
+                if latent.shape[-2:] == self.size_of_picture else latent
+                for latent in latents
+            ]  # fmt: skip
+        return comfy.conds.CONDList(latents).process_cond(batch_size, area=area, **kwargs)
+
+
 def _follow_model(patcher, clone):
     """Patch again when a clone carries other weights: ComfyUI gives each further GPU a freshly loaded model."""
     if clone.model is patcher.model:
@@ -86,7 +115,16 @@ def _follow_model(patcher, clone):
     _patch(clone)
 
 
-def _check_references(references, noise):
+def _check_references(references, noise, max_patches):
+    for latent in references if noise is None else [noise, *references]:
+        height, width = latent.shape[-2:]
+        if max_patches is not None and max(height, width) > 2 * max_patches:
+            raise InputError(
+                "picture to sample",
+                found=f"{8 * width}x{8 * height} pixels",
+                expected=f"at most {16 * max_patches}x{16 * max_patches}, for which this model has positions",
+                remedy="Lower longer_edge of UniPic2 Edit Image Size; micro models were trained at 64.",
+            )
     for latent in references:
         if latent.ndim != 4 or latent.shape[1] != LATENT_CHANNELS:
             raise InputError(

@@ -115,13 +115,23 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
                 found=f"a language model of width {found}",
                 expected=f"{width}, for which the connector was trained (7B has 3584, 3B 2048)",
             )
-        if sees and not hasattr(transformer, "visual"):
-            remedy = "Load a file with vision, such as qwen_2.5_vl_7b_fp8_scaled.safetensors."
+        if sees and not _has_vision(transformer):
+            remedy = (
+                "Load a file with vision, such as qwen_2.5_vl_7b_fp8_scaled.safetensors; beside a GGUF, its mmproj."
+            )
             raise InputError(f"{node}, clip", found="a language model without vision", remedy=remedy)
         inner = getattr(clip.tokenizer, clip.tokenizer.clip)
         return _Qwen(key, transformer, inner.tokenizer)
     found = type(clip.patcher.model).__name__
     raise InputError(f"{node}, clip", found=f"another text encoder ({found})", expected="Qwen2.5-VL", remedy=remedy)
+
+
+def _has_vision(transformer) -> bool:
+    """Whether a language model has a vision encoder, with weights: ComfyUI-GGUF fills those it lacks with others."""
+    if not hasattr(transformer, "visual"):
+        return False
+    weight = getattr(transformer.visual.blocks[0].attn.qkv, "weight", None)
+    return weight is None or weight.shape[0] == 3 * weight.shape[1]
 
 
 def encode(clip, connector, prompts: tuple[str, str], image, positions: str, node: str) -> list:

@@ -45,6 +45,7 @@ def load(folder: Path):
     """
     model, width = published.load_transformer(folder / "transformer")
     clip, context_width = _load_text_encoder(folder)
+    published.reload_with(clip.patcher, _load_clip_patcher, folder)
     if context_width not in (width, None):
         raise InputError(
             f"text encoder in {folder}", found=f"hidden_size {context_width}", expected=f"{width} (the transformer's)"
@@ -52,13 +53,21 @@ def load(folder: Path):
     return model, clip, published.load_vae(component_dir(folder, "vae"))
 
 
-def _load_text_encoder(folder):
-    """Return the CLIP and the width of its states; None where a connector stands between them and the transformer."""
+def _load_clip_patcher(folder, **loading):
+    """Return what `published.reload_with` asks for: the ModelPatcher of a new CLIP, in a tuple."""
+    return (_load_text_encoder(folder, **loading)[0].patcher,)
+
+
+def _load_text_encoder(folder, **loading):
+    """Return the CLIP and the width of its states; None where a connector stands between them and the transformer.
+
+    `loading` as in `published.load_transformer`.
+    """
     path, tokenizer = component_dir(folder, "text_encoder"), component_dir(folder, "tokenizer")
     config_path = path / "config.json"
     config = published.read_config(config_path)
     if config.get("model_type") == micro_qwen.MODEL_TYPE:
-        return _load_qwen(path, tokenizer, config), None
+        return _load_qwen(path, tokenizer, config, loading), None
     config = {**TEXT_ENCODER_CONFIG, **config}
     missing = [key for key in ("vocab_size", "bos_token_id", "eos_token_id") if not isinstance(config.get(key), int)]
     if missing:
@@ -71,11 +80,11 @@ def _load_text_encoder(folder):
     expected = _TextModel(config, None, "meta", torch.nn).state_dict()  # ComfyUI's layers may have none before loading
     published.check_tensors(path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
 
-    clip = _clip(_clip_target(tokenizer, config), weights, weights["text_projection.weight"].dtype)
+    clip = _clip(_clip_target(tokenizer, config), weights, weights["text_projection.weight"].dtype, loading)
     return clip, config["hidden_size"]
 
 
-def _load_qwen(path, tokenizer, config):
+def _load_qwen(path, tokenizer, config, loading):
     sizes = micro_qwen.read_config(config, path / "config.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         published.require_file(tokenizer / name)
@@ -84,12 +93,13 @@ def _load_qwen(path, tokenizer, config):
     published.check_tensors(path, {k: tuple(t.shape) for k, t in weights.items()}, expected)
     pad = config["text_config"].get("pad_token_id")
     target = micro_qwen.target(tokenizer, sizes, 0 if pad is None else pad)
-    return _clip(target, weights, weights["model.embed_tokens.weight"].dtype)
+    return _clip(target, weights, weights["model.embed_tokens.weight"].dtype, loading)
 
 
-def _clip(target, weights, dtype):
+def _clip(target, weights, dtype, loading):
     """Return ComfyUI's CLIP of a target with its weights."""
     arguments = {
+        **loading,
         "embedding_directory": folder_paths.get_folder_paths("embeddings"),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "model_options": {"dtype": dtype},

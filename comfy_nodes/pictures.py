@@ -60,8 +60,9 @@ def paste_back(edited, original, placement: Placement, mask, feather: int, node:
         edited: IMAGE of `placement.size`, or of a multiple of it (an upscaled edit).
         original: IMAGE the placement was made for, one or one for each edit.
         placement: of `resize_for_editing`.
-        mask: MASK (B, H, W) of the original: 1 takes the edit, 0 keeps the original; None takes all of the edit.
-        feather: pixels of the original over which the mask's border fades, on either side.
+        mask: MASK (B, H, W) of the original, or as it is drawn (`resize_mask`): 1 takes the edit, 0 keeps the
+            original; None takes all of the edit.
+        feather: pixels of the original over which the mask fades, outside of it.
 
     Raises:
         InputError: another picture than the placement's, an edit of another shape, or batches that do not fit.
@@ -81,7 +82,7 @@ def paste_back(edited, original, placement: Placement, mask, feather: int, node:
     if smaller or abs(width * placement.size[1] - height * placement.size[0]) > max(width, height):
         expected = "{}x{} or that enlarged".format(*placement.size)
         raise InputError(f"{node}, image", found=f"{width}x{height} pixels", expected=expected)
-    mask = None if mask is None else _at_size(mask, placement.original).to(edited.device)
+    mask = None if mask is None else _mask_of_original(mask, placement).to(edited.device)
     count = max(len(edited), len(original))
     for name, batch in (("image", edited), ("original", original), *([] if mask is None else [("mask", mask)])):
         if len(batch) not in (1, count):
@@ -124,17 +125,37 @@ def _padded(pixels, placement: Placement, mode: str):
     return torch.nn.functional.pad(pixels.float(), around, mode=mode)
 
 
+def _mask_of_original(mask, placement: Placement):
+    """Return a MASK of the original, or of the picture that is drawn, as (B, 1, H, W) at the original's size."""
+    if mask.shape[-2:] != placement.size[::-1] or placement.size == placement.original:
+        return _at_size(mask, placement.original)
+    left, top, right, bottom = placement.source
+    drawn = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    whole = drawn.new_zeros(len(drawn), 1, *placement.original[::-1])
+    whole[..., top:bottom, left:right] = _resized(
+        _cut(drawn, placement.target), (right - left, bottom - top), "bilinear"
+    )
+    return whole
+
+
 def _at_size(mask, size: tuple[int, int]):
     """Return a MASK (B, H, W) or (H, W) as (B, 1, H, W) at (width, height), as ComfyUI stretches masks."""
     return _resized(mask.reshape(-1, 1, *mask.shape[-2:]).float(), size, "bilinear")
 
 
-def _feathered(mask, radius: int):
-    """Fade a mask (B, 1, H, W) over `radius` pixels on either side of its border."""
-    pooled = torch.nn.functional.avg_pool2d
+def _feathered(mask, width: int):
+    """Fade a mask (B, 1, H, W) over `width` pixels outside of it; all of the mask itself, however thin, stays."""
+    radius = (width + 1) // 2
+
+    def around(half: int):
+        return torch.nn.functional.pad(mask, (half,) * 4, mode="replicate")
+
+    if radius:  # grown by as much as it is blurred
+        size, largest = 2 * radius + 1, torch.nn.functional.max_pool2d
+        mask = largest(largest(around(radius), (size, 1), stride=1), (1, size), stride=1)
     for half in (radius // 2, radius - radius // 2):  # two boxes: no kink in the fade
-        size, around = 2 * half + 1, torch.nn.functional.pad(mask, (half,) * 4, mode="replicate")
-        mask = pooled(pooled(around, (size, 1), stride=1), (1, size), stride=1)
+        size, mean = 2 * half + 1, torch.nn.functional.avg_pool2d
+        mask = mean(mean(around(half), (size, 1), stride=1), (1, size), stride=1)
     return mask
 
 

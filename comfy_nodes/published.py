@@ -87,7 +87,7 @@ def _load_file(path, options: dict, node: str):
     shapes = read_header(path).shapes
     kind = detect_format(shapes)
     if kind == DIFFUSERS_SD3:
-        return _from_diffusers(path, read_files([path]), transformer_config(shapes)["num_layers"], options)[0], None
+        return _load_diffusers_file(path, options)[0], None
     if kind != COMFYUI_SD3:
         remedy = "Load it behind the model with LoraLoaderModelOnly." if kind == LORA else None
         expected = "a UniPic2 transformer with diffusers' or ComfyUI's keys"
@@ -104,8 +104,18 @@ def _load_file(path, options: dict, node: str):
         return model, _sd3_vae(path, {key.removeprefix(_OF_A_VAE): file.get_tensor(key) for key in own})
 
 
-def load_transformer(path, options: dict | None = None):
+def _load_diffusers_file(path, options: dict, **loading):
+    """Return MODEL and width of text states of a file with diffusers' keys; `loading` as in `load_transformer`."""
+    layers = transformer_config(read_header(path).shapes)["num_layers"]
+    model, width = _from_diffusers(path, read_files([path]), layers, options, loading)
+    reload_with(model, _load_diffusers_file, path, options)
+    return model, width
+
+
+def load_transformer(path, options: dict | None = None, **loading):
     """Return the MODEL in a folder `transformer/`, and the width of the text states that it reads.
+
+    `loading` is what ComfyUI says when it loads a model anew (`disable_dynamic`).
 
     Raises:
         InputError: a file is missing, unreadable or truncated, its tensors are not those of an SD3 transformer, or its
@@ -114,10 +124,29 @@ def load_transformer(path, options: dict | None = None):
     config = read_config(path / "config.json")
     weights = read_component(path)
     check_transformer_config(config, {k: tuple(t.shape) for k, t in weights.items()}, path / "config.json")
-    return _from_diffusers(path, weights, config["num_layers"], options)
+    model, width = _from_diffusers(path, weights, config["num_layers"], options, loading)
+    reload_with(model, load_transformer, path, options)
+    return model, width
 
 
-def _from_diffusers(path, weights: dict, num_layers: int, options: dict | None):
+def reload_with(patcher, load, *arguments) -> None:
+    """Tell ComfyUI how it gets a patcher's model with untouched weights, as its own loaders do.
+
+    It needs that where weights cannot stay on the disk (TorchCompileModel, hooks) and for each further GPU.
+
+    Args:
+        patcher: ModelPatcher; those of older versions are never asked.
+        load: returns a tuple with the patcher first.
+    """
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (_first_loaded, (load, *arguments))
+
+
+def _first_loaded(load, *arguments, **loading):
+    return load(*arguments, **loading)[0]
+
+
+def _from_diffusers(path, weights: dict, num_layers: int, options: dict | None, loading: dict):
     """Return MODEL and width of text states of a transformer's weights with diffusers' keys, all of them checked."""
     _check_fused(path, weights, num_layers)
     # It empties the dictionary, and rewrites some tensors in place.
@@ -131,7 +160,7 @@ def _from_diffusers(path, weights: dict, num_layers: int, options: dict | None):
     context_width = converted["context_embedder.weight"].shape[1]
     shapes = {key: tuple(tensor.shape) for key, tensor in converted.items()}
     with _mismatches_named(path):
-        model = comfy.sd.load_diffusion_model_state_dict(converted, model_options=dict(options or {}))
+        model = comfy.sd.load_diffusion_model_state_dict(converted, model_options=dict(options or {}), **loading)
     if model is None:
         raise InputError(f"{path}", found="an unknown architecture", expected="an SD3 transformer")
     check_tensors(path, shapes, model.model.diffusion_model.state_dict())

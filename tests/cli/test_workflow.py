@@ -91,6 +91,8 @@ def test_find_node(prompt):
         ('"7"', ["STRING", {}], "7"),
         ("true", ["STRING", {}], "true"),
         ("true", ["BOOLEAN", {}], True),
+        ("False", ["BOOLEAN", {}], False),
+        ("0", ["BOOLEAN", {}], False),
         ("512", [["512", "1024"], {}], "512"),
         ("512", ["COMBO", {"options": ["512"]}], "512"),
         ("euler", [["euler"], {}], "euler"),
@@ -100,6 +102,39 @@ def test_find_node(prompt):
 )
 def test_values(text, spec, value):
     assert wf.parse_value(text, spec) == value
+
+
+def test_a_switch_takes_no_other_words():
+    with pytest.raises(InputError, match="found 'off' for a switch, expected true or false"):
+        wf.parse_value("off", ["BOOLEAN", {}])
+
+
+def test_prompts_are_as_long_as_their_node_reads():
+    """CLIP and T5 would lose most of it; Qwen2.5-VL reads 8192 tokens."""
+    spec = {"input": {"required": {"prompt": ["STRING", {}]}}}
+    text = "red " * 2500
+    for kind in ("UniPic2TextEncode", "UniPic2MetaQueryEncode"):
+        prompt = {"1": {"class_type": kind, "inputs": {"prompt": "x"}}}
+        if kind == "UniPic2TextEncode":
+            with pytest.raises(InputError, match="10,000 characters, expected at most 4,000. .*shorten it"):
+                wf.set_prompt(prompt, text, {kind: spec})
+        else:
+            wf.set_prompt(prompt, text, {kind: spec})
+            assert prompt["1"]["inputs"]["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "linked", "found"),
+    [
+        ("LoadImage", {}, 0, False),
+        ("LoadImage", {}, 1, True),
+        ("LoadImageMask", {"channel": "alpha"}, 0, True),
+        ("LoadImageMask", {"channel": "red"}, 0, False),
+    ],
+)
+def test_whose_transparency_is_read(kind, inputs, linked, found):
+    nodes = {"1": {"class_type": kind, "inputs": inputs}, "2": {"class_type": "X", "inputs": {"x": ["1", linked]}}}
+    assert wf.reads_transparency(nodes, "1") == found
 
 
 def test_set_input(prompt, object_info):

@@ -533,6 +533,52 @@ def memory(editing):
     model, latent = editing.model, torch.zeros(1, 16, 64, 64)
     shapes = {key: [value] for key, value in model.extra_conds_shapes(reference_latents=[latent]).items()}
     report["memory"] = [model.memory_required(list(latent.shape), cond_shapes=s) for s in ({}, shapes)]
+    asked, load = [], mm.load_models_gpu
+
+    def load_models_gpu(models, memory_required=0, **options):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **options)
+
+    mm.load_models_gpu = load_models_gpu
+    for references in ([], [INPUTS["latents"][:1]]):
+        mm.unload_all_models()
+        conds = [[torch.zeros(1, 4, 128), {"pooled_output": torch.zeros(1, 128), "reference_latents": references}]]
+        latents = {"samples": torch.zeros_like(INPUTS["latents"][:1])}
+        nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", conds, conds, latents)
+    mm.load_models_gpu = load
+    report["memory_before_loading"] = asked[:2]
+
+
+def areas(editing):
+    """The halves of a picture, each with its own part of the reference: as if each was a picture of its own."""
+    latent = INPUTS["latents"][:1]
+    height, width = latent.shape[-2:]
+    loaded(editing)
+    conds = editing.model.extra_conds(
+        noise=latent, device=torch.device("cpu"), reference_latents=[latent], pooled_output=torch.zeros(1, 128),
+        cross_attn=torch.zeros(1, 4, 128),
+    )  # fmt: skip
+    area = [height, width // 2, 0, width // 2]
+    (seen,) = conds["ref_latents"].process_cond(batch_size=1, area=area).cond
+    outputs["area.seen"], outputs["area.whole"] = seen, conds["ref_latents"].process_cond(batch_size=2).cond[0]
+    outputs["area.reference"] = editing.model.process_latent_in(latent)
+
+
+def reloading(model, clip, editing):
+    """What ComfyUI does where weights cannot stay on the disk: it loads the model again, from the loader's files."""
+    if not hasattr(model, "cached_patcher_init"):
+        return
+    one_click, _ = node("UniPic2Loader", model="single.safetensors", weight_dtype="default")
+    for name, patcher in (("micro", editing), ("file", one_click)):
+        load, arguments = patcher.cached_patcher_init
+        patcher.is_dynamic = lambda: True
+        clone = patcher.clone(disable_dynamic=True)
+        assert clone.model is not patcher.model and type(clone) is comfy.model_patcher.ModelPatcher
+        outputs[f"reloaded.{name}"] = predict(clone, "96x64x1", reference=True)
+        del patcher.is_dynamic
+    load, arguments = clip.patcher.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True).model.state_dict()
+    report["reloaded_clip"] = all(torch.equal(v, again[k]) for k, v in clip.patcher.model.state_dict().items())
 
 
 def errors(model, clip, vae):
@@ -562,6 +608,7 @@ def errors(model, clip, vae):
         "wrong_clip": lambda: node("UniPic2TextEncode", clip=Flux(), prompt="", negative_prompt=""),
         "unknown_model": lambda: node("UniPic2MicroLoader", model="absent"),
         "wrong_reference": lambda: sample_with_reference(model, positive, negative),
+        "too_large": lambda: sample_with_reference(model, positive, negative, (16, 64, 8)),
     }
     for folder in ("truncated", "no_vae", "wrong_config", "wrong_tensors"):
         attempts[f"folder_{folder}"] = lambda folder=folder: node("UniPic2MicroLoader", model=folder)
@@ -596,9 +643,9 @@ class Flux:
         return self.tokenizer.tokenize_with_weights(prompt, **options)
 
 
-def sample_with_reference(model, positive, negative):
+def sample_with_reference(model, positive, negative, shape=(4, 8, 8)):
     (editing,) = node("UniPic2EnableEditing", model=model)
-    values = {"reference_latents": [torch.zeros(1, 4, 8, 8)]}
+    values = {"reference_latents": [torch.zeros(1, *shape)]}
     conds = [[[part[0][0], {**part[0][1], **values}]] for part in (positive, negative)]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", *conds, latent)
@@ -634,6 +681,7 @@ def paste_back():
         (outputs[f"paste.{fit}.enlarged"],) = node("UniPic2PasteBack", image=twice.movedim(1, -1), **back)
         black = torch.zeros_like(small).repeat(2, 1, 1, 1)
         (outputs[f"paste.{fit}.masked"],) = node("UniPic2PasteBack", image=black, **{**back, "mask": mask})
+        (outputs[f"paste.{fit}.drawn_mask"],) = node("UniPic2PasteBack", image=black, **{**back, "mask": small_mask})
         (outputs[f"paste.{fit}.feathered"],) = node(
             "UniPic2PasteBack", image=black, **{**back, "mask": mask, "feather": 10}
         )
@@ -668,6 +716,8 @@ def main():
             controlnet: (editing,),
             further_gpu: (editing,),
             memory: (editing,),
+            areas: (editing,),
+            reloading: (model, clip, editing),
             errors: (model, clip, vae),
             pictures: (),
             metaquery: (),

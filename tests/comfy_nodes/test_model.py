@@ -100,6 +100,24 @@ def test_a_clone_with_another_model_runs_that_model(comfyui):
 def test_memory_estimate_counts_the_reference(comfyui):
     without, with_reference = comfyui[1]["memory"]
     assert with_reference == pytest.approx(2 * without)
+    without, with_reference = comfyui[1]["memory_before_loading"]
+    assert with_reference == pytest.approx(2 * without, rel=0.01), "ComfyUI asks before it has loaded the model"
+
+
+def test_an_area_sees_its_part_of_the_reference(comfyui):
+    tensors = comfyui[0]
+    reference = tensors["area.reference"]
+    assert torch.equal(tensors["area.seen"], reference[..., reference.shape[-1] // 2 :])
+    assert torch.equal(tensors["area.whole"], reference.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["micro", "file"])
+def test_comfyui_can_load_a_model_again(comfyui, name):
+    """For TorchCompileModel, hooks and further GPUs, where weights cannot stay on the disk."""
+    tensors, report = comfyui
+    if "reloaded_clip" not in report:
+        pytest.skip("this ComfyUI never asks")
+    assert torch.equal(tensors[f"reloaded.{name}"], tensors["forward.96x64x1.edit"]) and report["reloaded_clip"]
 
 
 @pytest.mark.parametrize("form", ["random", "sharded", "single", "comfyui", "checkpoint"])

@@ -109,6 +109,7 @@ REFUSALS = {
     "wrong_clip": ("UniPic2 Text Encode, clip", "l, t5xxl", "CLIP-G"),
     "unknown_model": ("UniPic2 Micro Loader, model", "'absent'", "'random'"),
     "wrong_reference": ("reference latent", "(1, 4, 8, 8)", "16"),
+    "too_large": ("picture to sample", "64x512 pixels", "at most 256x256"),
     "loader_lora": ("UniPic2 Loader, lora.safetensors", "found LoRA", "LoraLoaderModelOnly"),
     "loader_absent": ("UniPic2 Loader, model", "'../random'"),
     "paste_other_original": ("UniPic2 Paste Back, original", "503x331", "Connect the same picture"),
@@ -196,10 +197,14 @@ def test_a_mask_holds_the_edit_to_its_place(comfyui, inputs, fit):
     outside = torch.ones(photo.shape[1:3], dtype=torch.bool)
     outside[60:140, 100:200] = False
     assert torch.equal(masked[1][outside], photo[0][outside])
+    drawn = comfyui[0][f"paste.{fit}.drawn_mask"][0]  # as the model saw it, so a few pixels of the original apart
+    near = torch.zeros_like(outside)
+    near[55:145, 95:205] = True
+    assert torch.equal(drawn[~near], photo[0][~near]) and drawn[65:135, 105:195].max() < 1e-5
     feathered = comfyui[0][f"paste.{fit}.feathered"][0] / photo[0].clamp_min(1e-3)
-    assert feathered[100, 150].max() < 1e-6
-    assert (feathered[100, 100] - 0.45).abs().max() < 0.15  # half way at the border
-    assert (feathered[100, 85] - 1).abs().max() < 1e-5
+    assert feathered[60:140, 100:200].max() < 1e-5, "all that is masked is the edit"
+    assert (feathered[100, 95] - 0.45).abs().max() < 0.15  # half way through the fade
+    assert (feathered[100, 88] - 1).abs().max() < 1e-5
     small = comfyui[0][f"paste.{fit}.mask"]
     assert small.shape == (1, height, width)
     left, top, right, bottom = target
