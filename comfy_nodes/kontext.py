@@ -61,7 +61,7 @@ def _patch(patcher):
         references = kwargs.get("reference_latents")
         if references:
             noise = kwargs.get("noise")
-            _check_references(references, noise, model.diffusion_model.pos_embed_max_size)
+            _check_references(references, noise)
             latents = [model.process_latent_in(latent) for latent in references]
             out["ref_latents"] = _References(latents, None if noise is None else noise.shape[-2:])
         return out
@@ -82,7 +82,11 @@ def _patch(patcher):
 
 def _prepare_sampling(executor, patcher, *args, **kwargs):
     """Put the patches on before ComfyUI estimates memory, which it does before it loads a model, and them with it."""
-    patcher.patch_model(load_weights=False)
+    skipped, patcher.skip_injection = patcher.skip_injection, True  # injections wait until others are ejected
+    try:
+        patcher.patch_model(load_weights=False)
+    finally:
+        patcher.skip_injection = skipped
     return executor(patcher, *args, **kwargs)
 
 
@@ -115,16 +119,20 @@ def _follow_model(patcher, clone):
     _patch(clone)
 
 
-def _check_references(references, noise, max_patches):
-    for latent in references if noise is None else [noise, *references]:
+def _check_positions(latents, max_patches):
+    """Require that a model has positions for all of some latents (B, 16, h, w); None has them for any."""
+    for latent in latents:
         height, width = latent.shape[-2:]
         if max_patches is not None and max(height, width) > 2 * max_patches:
             raise InputError(
                 "picture to sample",
                 found=f"{8 * width}x{8 * height} pixels",
                 expected=f"at most {16 * max_patches}x{16 * max_patches}, for which this model has positions",
-                remedy="Lower longer_edge of UniPic2 Edit Image Size; micro models were trained at 64.",
+                remedy="Take a smaller latent, or lower longer_edge of UniPic2 Edit Image Size; micro models draw 64.",
             )
+
+
+def _check_references(references, noise):
     for latent in references:
         if latent.ndim != 4 or latent.shape[1] != LATENT_CHANNELS:
             raise InputError(
@@ -179,6 +187,7 @@ class KontextForward:
         return executor.execute(x, timesteps, context, y, control, options, ref_latents=ref_latents, **kwargs)
 
     def _forward(self, x, timesteps, context, y, control, transformer_options, ref_latents=None, **kwargs):
+        _check_positions([x, *(ref_latents or ())], self.diffusion_model.pos_embed_max_size)
         if not ref_latents:
             options = {"control": control, "transformer_options": transformer_options}
             return self.stock_forward(x, timesteps, context=context, y=y, **options, **kwargs)

@@ -145,18 +145,18 @@ def _at_size(mask, size: tuple[int, int]):
 
 def _feathered(mask, width: int):
     """Fade a mask (B, 1, H, W) over `width` pixels outside of it; all of the mask itself, however thin, stays."""
-    radius = (width + 1) // 2
+    grown, blurred, whole = width // 2, width - width // 2, mask
 
     def around(half: int):
         return torch.nn.functional.pad(mask, (half,) * 4, mode="replicate")
 
-    if radius:  # grown by as much as it is blurred
-        size, largest = 2 * radius + 1, torch.nn.functional.max_pool2d
-        mask = largest(largest(around(radius), (size, 1), stride=1), (1, size), stride=1)
-    for half in (radius // 2, radius - radius // 2):  # two boxes: no kink in the fade
+    if grown:
+        size, largest = 2 * grown + 1, torch.nn.functional.max_pool2d
+        mask = largest(largest(around(grown), (size, 1), stride=1), (1, size), stride=1)
+    for half in (blurred // 2, blurred - blurred // 2):  # two boxes: no kink in the fade
         size, mean = 2 * half + 1, torch.nn.functional.avg_pool2d
         mask = mean(mean(around(half), (size, 1), stride=1), (1, size), stride=1)
-    return mask
+    return torch.maximum(mask, whole)
 
 
 def encode_reference(vae, image, node: str):

@@ -15,6 +15,7 @@ from .interference import has_fallen
 from .kontext_trainer import last_checkpoint
 
 GATE_ACTIONS = ("rollback", "stop", "warn")
+_UNKNOWN = -1.0  # a score below all others
 _LOOKS, _BEST = "gate.json", "gate-best-{}.safetensors"
 
 
@@ -97,8 +98,13 @@ class GateCallback(TrainerCallback):
             measured, _ = self.held_out(pipeline)
         shares = {task: round(now.mean(), 4) for task, now in measured.items()}
         own = [measured[task].mean() for task in self.own if task in measured]
-        score = sum(own) / len(own) if own else 0.0
         first = self._baseline()
+        # Scores of other tasks are not comparable: where one of its own is not known, a look is no best one.
+        known = all(task in measured for task in self.own if task in first)
+        score = sum(own) / len(own) if own and known else _UNKNOWN
+        if self.looks and any(task in measured and task not in first for task in self.own):
+            for look in self.looks:
+                look["score"] = _UNKNOWN
         fallen = [
             task for task, now in measured.items()
             if task in first and has_fallen(first[task].strict, now.strict, self.max_drop)

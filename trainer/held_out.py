@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def reward_held_out(
     without: int = 0,
     batch_size: int = 8,
     most_unanswered: float = 1.0,
+    is_optional: bool = False,
     **sampling,
 ) -> HeldOut:
     """Return a measuring by rewards: soft is their weighted mean, strict that it is at least `strict_reward`.
@@ -97,7 +99,8 @@ def reward_held_out(
     a reward could not be found out has no figure: the others alone would say something else.
 
     Raises:
-        InputError: when measuring, a task of which a larger share than `most_unanswered` could not be found out.
+        InputError: when measuring, a task of which a larger share than `most_unanswered` could not be found out; where
+            this `is_optional` it is left out instead.
     """
     chosen: dict[str, list[int]] = {}
     for task in TASKS:
@@ -118,6 +121,9 @@ def reward_held_out(
             scores, missing = asyncio.run(ask_all(rewards, [s["prompt"] for s in samples], images, columns))
             unanswered = missing.any(1).numpy()
             if unanswered.mean() > most_unanswered:
+                if is_optional:
+                    sys.stderr.write(f"[measuring] {task} left out: its rewards could not be found out\n")
+                    continue
                 raise InputError(
                     f"measuring {task}",
                     found=f"{unanswered.sum()} of {len(samples)} samples whose reward could not be found out",

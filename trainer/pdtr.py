@@ -32,7 +32,7 @@ from .stages import parse_stages, run_stages
 _MEASURED = "measured"
 _START = "start"
 _GATE_STREAM = 1_000_003  # added to eval_seed: what takes part in training is not what is measured at the end
-_MOST_UNANSWERED = 0.2  # share of what is measured around a stage
+_MOST_UNANSWERED = 0.5  # share of a task's samples; above it the judge is down
 _COLORS = {"t2i": "#1f6feb", "edit": "#d1242f"}
 _MEASURING = (
     "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "strict_reward",
@@ -144,10 +144,10 @@ def _held_out(stages, pipeline, gate: bool, loaded: dict | None = None) -> HeldO
         functions = replace(script_args, reward_funcs=missing).load_rewards(args.device, patient=True)
         loaded |= zip(missing, functions, strict=True)
     functions = [loaded[name] for name in rewards]
-    choice = {"without": script_args.eval_n} if gate else {"most_unanswered": _MOST_UNANSWERED}
     return reward_held_out(
-        rows, functions, list(rewards.values()), script_args.strict_reward, count, seed, **choice, **sampling
-    )
+        rows, functions, list(rewards.values()), script_args.strict_reward, count, seed,
+        without=script_args.eval_n if gate else 0, most_unanswered=_MOST_UNANSWERED, is_optional=gate, **sampling,
+    )  # fmt: skip
 
 
 def train_stage(stages, script_args: PDTRArguments, args: FlowGRPOConfig) -> Path:

@@ -390,6 +390,7 @@ def test_the_check_reads_rows_without_a_picture_to_learn(tmp_path, capsys):
     assert main(["data", "check", data, *flags]) == 1
     said = capsys.readouterr().out
     assert "rows: 3 (text-to-image 1, edits 1)" in said and "row 1: no file" in said
+    assert "width: 64 to 64" in said and "would be enlarged: 0" in said
     assert (tmp_path / "out/sheet.png").is_file()
     with pytest.raises(InputError, match="`unipic2 data check --no-target` lists them all"):
         PromptDataset([open_source(data, needs_target=False)], aspect_buckets(64))

@@ -146,6 +146,14 @@ def test_a_task_that_could_not_be_judged_at_first_is_guarded_from_then_on(run_ga
     assert gate.looks[0].keys().isdisjoint({"edit"}) and gate.fell and trainer.model.weight.item() == 10
 
 
+def test_a_look_without_one_of_its_own_tasks_is_no_best_one(run_gate):
+    """The other task's score alone would be neither better nor good enough."""
+    gate, trainer, step = run_gate([(0.5, 0.5), (0.6, 0.6), (0.9, None), (0.6, 0.3)], own=("t2i", "edit"), target=0.85)
+    assert step == 30 and trainer.model.weight.item() == 10
+    gate, trainer, step = run_gate([(0.9, None), (0.9, 0.6), (0.9, 0.3)], own=("t2i", "edit"))
+    assert step == 20 and trainer.model.weight.item() == 10
+
+
 def test_a_stage_that_ended_before_its_export_stays_ended(run_gate):
     run_gate([(0.5, 0.8), (0.9, 0.5)])
     gate, trainer, step = run_gate([(1, 1)], from_step=10)

@@ -87,6 +87,8 @@ def test_what_a_reward_could_not_say_is_not_said_by_the_others(unanswered):
         assert found["t2i"].mean() == 0 and found["t2i"].soft[0] == pytest.approx(0.8)
     with pytest.raises(InputError, match=f"measuring t2i: found {len(unanswered)} of 4 samples.*share of 0.2"):
         reward_held_out(rows, rewards, None, 0.9, 4, 0, most_unanswered=0.2)(Painter())
+    found, _ = reward_held_out(rows, rewards, None, 0.9, 4, 0, most_unanswered=0.2, is_optional=True)(Painter())
+    assert not found
 
 
 def test_a_fall_counts_when_it_is_large_and_no_chance():

@@ -232,7 +232,7 @@ def test_a_server_says_how_long_to_wait(server, date):
         begun.append(time.monotonic())
         return (429, b"") if number < 1 else good(10, 10)
 
-    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)  # whole seconds
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=3), usegmt=True)  # whole seconds
     server.behave, server.retry_after = behave, later if date else "1"
     values, _ = judged(server, 2, max_retries=1, concurrency=1)
     assert values == [1.0] * 2 and min(begun[1:]) - begun[0] >= 0.8

@@ -73,13 +73,15 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
             size = nearest_bucket(row["width"], row["height"], buckets)
             report[task] += 1
             kinds[task]["{}x{}".format(*size)] += 1
+            digests[row["digest"]].append((source.name, number))
+            if source.columns.target is None and not row["is_edit"]:
+                continue  # a prompt without any picture
             widths.append(row["width"])
             heights.append(row["height"])
             upscaled += row["width"] < size[0] or row["height"] < size[1]
             dark += row["dark_mask"]
             if row["is_edit"]:
                 reshaped += nearest_bucket(row["source_width"], row["source_height"], buckets) != size
-            digests[row["digest"]].append((source.name, number))
     repeated = [places for places in digests.values() if len(places) > 1]
     report["width"], report["height"] = _spread(widths), _spread(heights)
     report["buckets"] = {task: dict(sizes.most_common()) for task, sizes in kinds.items()}

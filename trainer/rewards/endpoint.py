@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 import time
@@ -66,7 +67,7 @@ class Endpoint:
         backoff: seconds before the first retry, doubled for each further one.
         concurrency: requests under way at a time.
         max_failures: failures of the server in a row after which it is left alone; requests that were under way when
-            one was counted do not count, as one hiccup fails them all.
+            one was counted do not count, as one hiccup fails them all, unless they were not answered in time.
         cooldown: seconds that it is left alone; then one request tries it, and it is twice as long if that fails, too.
         cache_dir: folder of usable answers; None keeps none.
         patient: for work that is worth nothing without its answers: a question is tried 20 times more, a server that
@@ -157,13 +158,14 @@ class Endpoint:
                 found = read(dict(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8"))["answer"]))
                 self.usage["kept"] += 1
                 return found
-        attempt = 0
+        attempt, pause = 0, 0.0
         while True:
-            if attempt:  # outside the slot: others may ask meanwhile
-                await asyncio.sleep(self.backoff * 2 ** min(attempt - 1, _MOST_DOUBLINGS))
+            if pause:  # outside the slot: others may ask meanwhile
+                await asyncio.sleep(pause)
+                pause = 0.0
             async with slots:
                 started = time.monotonic()
-                busy = self._busy_until - started
+                busy = 0.0 if started < self._closed_until else self._busy_until - started
                 is_probe = None if busy > 0 else self._admit()
                 if is_probe is not None:
                     try:
@@ -172,7 +174,9 @@ class Endpoint:
                     except ServerFailed as failed:
                         self._last_failure = str(failed)
                         self._busy_until = max(self._busy_until, time.monotonic() + failed.wait)
-                        self._note(False, is_probe, started)
+                        # A hiccup fails all that was under way; what waited in vain for an answer tells more.
+                        self._note(False, is_probe, math.inf if str(failed) == "timeout" else started)
+                        pause = self.backoff * 2 ** min(attempt, _MOST_DOUBLINGS)
                         attempt += 1
                         if attempt > (_PATIENT_RETRIES if self.patient else self.max_retries):
                             raise
