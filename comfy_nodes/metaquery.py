@@ -22,13 +22,14 @@ from safetensors import safe_open
 from ..core.checkpoint import read_header
 from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError
-from ..core.prompts import IMAGE_TOKEN, metaquery_segments, question_segments
+from ..core.prompts import IMAGE_TOKEN, POSITIONS, metaquery_segments, question_segments
 from ..core.vision import understanding_pixels, vision_pixels
 from . import micro_model, published
 from .pictures import to_rgb
 
 FOLDER_KEY = "model_patches"
 TIED = "none (tied to the embedding)"
+AUTO = "auto"
 _PICTURE_TYPES = {"1d": "unipic2_picture", "mrope": "image"}
 """Types of a picture's token; ComfyUI numbers "image" by rows and columns, any other plainly."""
 _OURS = "unipic2"
@@ -142,7 +143,7 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
         connector: patcher of `load_connector`.
         prompts: prompt and negative prompt, plain text; parentheses and markup of chats in it are read as text.
         image: IMAGE (B, H, W, C) at the size that is drawn, one for each edit; or None.
-        positions: one of `core.prompts.POSITIONS`.
+        positions: one of `core.prompts.POSITIONS`, or `AUTO`: as the connector was trained, 1d where it says nothing.
         node: what errors name.
 
     Raises:
@@ -151,6 +152,8 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
     if connector is None:
         raise InputError(f"{node}, connector", found="nothing", remedy="Load one with UniPic2 Load Connector.")
     config = connector.model.conditioner.config
+    if positions == AUTO:
+        positions = config.get("positions", POSITIONS[0])
     qwen = find_qwen(clip, node, config["llm_hidden_size"], sees=image is not None)
     queries = connector.model.conditioner.meta_queries.detach().clone()
     pictures = [None]
@@ -165,6 +168,8 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
             comfy.model_management.throw_exception_if_processing_interrupted()
             tokens = _tokens(qwen, metaquery_segments(prompt, picture is not None), picture, f"{node}, {name}")
             found.append(_states(inner, tokens, queries, clip.patcher.load_device))
+        if picture is not None:
+            picture[_OURS].clear()  # its tokens, before the next one's
     # Once the language model is done, so that it and the connector need not be in memory together.
     comfy.model_management.load_models_gpu([connector])
     out, conditioning = comfy.model_management.intermediate_device(), []
@@ -189,7 +194,7 @@ def _states(inner, tokens: list, queries, device):
             encoded = inner.encode_token_weights([[(token, 1.0) for token in (*tokens, queries)]])
     finally:
         inner.reset_clip_options()
-    return encoded[0][:, -len(queries) :]
+    return encoded[0][:, -len(queries) :].clone()  # a view would keep the states of all before
 
 
 def _loaded(clip, qwen: _Qwen, extra_bytes: int = 0):

@@ -1,6 +1,7 @@
 """Load a micro model (published folder layout) into ComfyUI's own MODEL, CLIP and VAE. No nodes here."""
 
 import inspect
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -86,8 +87,12 @@ def _load_text_encoder(folder, **loading):
 
 def _load_qwen(path, tokenizer, config, loading):
     sizes = micro_qwen.read_config(config, path / "config.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        published.require_file(tokenizer / name)
+    published.require_file(tokenizer / "tokenizer.json")
+    lora = path.parent / "text_encoder_lora" / "comfyui_clip_lora.safetensors"
+    if lora.is_file():
+        logging.warning(
+            "UniPic2: %s is not loaded with the model; put it into models/loras and load it with Load LoRA.", lora
+        )
     weights = read_component(path)
     expected = micro_qwen.tensors(sizes)
     published.check_tensors(path, {k: tuple(t.shape) for k, t in weights.items()}, expected)

@@ -4,13 +4,14 @@ ComfyUI's classes are used as they are, but for the sizes: its loader knows thos
 """
 
 from functools import partial
+from pathlib import Path
 
 import comfy.sd1_clip
 import comfy.text_encoders.llama
-import comfy.text_encoders.qwen_image
 import comfy.text_encoders.qwen_vl
 import torch
 from comfy.supported_models_base import ClipTarget
+from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import InputError
 from ..core.micro import MICRO_QWEN_KEY
@@ -44,6 +45,14 @@ class _Model(comfy.text_encoders.llama.Qwen25_7BVLI):
             **where,
         )
         self.visual.fullatt_block_indexes = vision["fullatt_block_indexes"]
+
+
+class _Tokenizer:
+    """Reads `tokenizer.json` as any version of transformers does: Qwen2Tokenizer of version 4 wants other files."""
+
+    @staticmethod
+    def from_pretrained(folder) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
 
 
 def read_config(config: dict, path) -> dict:
@@ -101,7 +110,7 @@ def target(tokenizer_folder, config: dict, pad_token_id: int) -> ClipTarget:
         pad_with_end=False,
         embedding_size=config["text"]["hidden_size"],
         embedding_key=MICRO_QWEN_KEY,
-        tokenizer_class=comfy.text_encoders.qwen_image.Qwen2Tokenizer,
+        tokenizer_class=_Tokenizer,
         has_start_token=False,
         has_end_token=False,
         pad_to_max_length=False,

@@ -497,11 +497,11 @@ class UniPic2MetaQueryEncode(_Node):
                 ),
                 io.Combo.Input(
                     "positions",
-                    options=list(POSITIONS),
-                    default=POSITIONS[0],
+                    options=[metaquery.AUTO, *POSITIONS],
+                    default=metaquery.AUTO,
                     tooltip=(
-                        "How the picture's tokens are numbered: 1d as the published model was run, mrope by rows and "
-                        "columns, for models that were trained so."
+                        "How the picture's tokens are numbered: auto as the connector was trained, 1d as the "
+                        "published model was run, mrope by rows and columns."
                     ),
                 ),
                 io.Image.Input(

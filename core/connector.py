@@ -21,6 +21,7 @@ from torch import nn
 from .checkpoint import TRANSFORMER_FILE, component_files, config_disagrees, read_files, read_header, save_tensors
 from .errors import InputError
 from .files import read_json, write_file
+from .prompts import POSITIONS
 
 METADATA_KEY = "unipic2.conditioner_config"
 """Entry of a safetensors file's metadata that holds the config as JSON, for files without a `config.json` beside."""
@@ -96,11 +97,14 @@ class StableDiffusion3Conditioner(nn.Module):
         llm_hidden_size: L; 3584 for Qwen2.5-VL-7B, 2048 for 3B.
         pooled_projection_dim: P; 2048 for SD3.5.
         joint_attention_dim: D; 4096 for SD3.5.
+        positions: how a picture's tokens were numbered in training, one of `core.prompts.POSITIONS`; None: not known,
+            as in the published model, which is run with 1d.
         operations: where `Linear` and `LayerNorm` come from: `torch.nn`, or one of ComfyUI's `comfy.ops` classes.
         device, dtype: of the weights.
 
     Raises:
-        InputError: a size is missing or not a number above 0, heads do not divide the width, or an unknown activation.
+        InputError: a size is missing or not a number above 0, heads do not divide the width, or an unknown activation
+            or numbering.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class StableDiffusion3Conditioner(nn.Module):
         llm_hidden_size: int = 3584,
         pooled_projection_dim: int = 2048,
         joint_attention_dim: int = 4096,
+        positions: str | None = None,
         *,
         operations=nn,
         device: torch.device | str | None = None,
@@ -123,6 +128,8 @@ class StableDiffusion3Conditioner(nn.Module):
             "pooled_projection_dim": pooled_projection_dim,
             "joint_attention_dim": joint_attention_dim,
         }
+        if positions is not None:
+            self.config["positions"] = positions
         _check_config({**self.config, "connector_config": connector_config}, "connector")
         where = {"device": device, "dtype": dtype}
         width = connector_config["hidden_size"]
@@ -235,6 +242,8 @@ def _read_config(path: Path, files: list[Path]) -> dict:
     else:
         return real
     _check_config(written, source)
+    if "positions" in written:
+        real["positions"] = written["positions"]
     heads = written["connector_config"]["num_attention_heads"]
     real["connector_config"]["num_attention_heads"] = heads
     for name, value in real["connector_config"].items():
@@ -290,6 +299,9 @@ def _check_config(config: Mapping, source: object) -> None:
     heads, width = connector["num_attention_heads"], connector["hidden_size"]
     if width % heads:
         raise InputError(f"num_attention_heads in {source}", found=heads, expected=f"a divisor of {width}")
+    if config.get("positions", POSITIONS[0]) not in POSITIONS:
+        expected = f"one of {', '.join(POSITIONS)}"
+        raise InputError(f"positions in {source}", found=repr(config["positions"]), expected=expected)
     for name, value in _FIXED.items():
         if connector.get(name, value) != value:
             raise InputError(f"{name} in {source}", found=connector[name], expected=value)

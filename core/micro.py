@@ -61,7 +61,8 @@ QWEN_TEXT_CONFIG = {
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
     "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+    # Turned by 0.3 to 1 a step: the four tokens of a picture are one row or column apart, which 10000 hardly turns.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 3.0, "mrope_section": [2, 15, 15]},
     "max_position_embeddings": 1024,
 }
 QWEN_VISION_CONFIG = {

@@ -72,7 +72,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         text_encoder: Qwen2.5-VL of any size.
         tokenizer: its tokenizer.
         conditioner: queries and connector, for that size and that transformer.
-        positions: one of `query_states.POSITIONS`.
+        positions: one of `query_states.POSITIONS`; None takes the connector's own, 1d where it says none.
 
     Raises:
         InputError: the parts' widths do not fit together, or unknown positions.
@@ -99,9 +99,8 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         text_encoder: Qwen2_5_VLForConditionalGeneration,
         tokenizer: Qwen2Tokenizer,
         conditioner: StableDiffusion3Conditioner,
-        positions: str = POSITIONS[0],
+        positions: str | None = None,
     ):
-        check_one_of("positions", positions, POSITIONS)
         super().__init__(
             transformer=transformer,
             scheduler=scheduler,
@@ -114,7 +113,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             tokenizer_3=None,
         )
         self.register_modules(conditioner=conditioner)
-        self.positions = positions
+        self.positions = positions or conditioner.config.get(_POSITIONS_KEY, POSITIONS[0])
         for field, part, expected in (
             ("llm_hidden_size", "Qwen2.5-VL", text_encoder.config.text_config.hidden_size),
             ("joint_attention_dim", "the transformer", transformer.config.joint_attention_dim),
@@ -123,6 +122,16 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             found = conditioner.config[field]
             if found != expected:
                 raise InputError(f"connector, {field}", found=found, expected=f"{expected} (width of {part})")
+
+    @property
+    def positions(self) -> str:
+        """How a picture's tokens are numbered; kept with the connector, whose file may go elsewhere alone."""
+        return self.conditioner.config[_POSITIONS_KEY]
+
+    @positions.setter
+    def positions(self, value: str) -> None:
+        check_one_of("positions", value, POSITIONS)
+        self.conditioner.config[_POSITIONS_KEY] = value
 
     @property
     def components(self) -> dict:
@@ -147,7 +156,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         types = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         folder = cls.find_folder(pretrained_model_name_or_path, kwargs)
         index = read_json(folder / PIPELINE_INDEX, "a pipeline") if (folder / PIPELINE_INDEX).is_file() else {}
-        positions = kwargs.pop("positions", None) or index.get(_POSITIONS_KEY, POSITIONS[0])
+        positions = kwargs.pop("positions", None) or index.get(_POSITIONS_KEY)
         given = frozenset(name for name in kwargs if name in _LIBRARIES)
         unknown = kwargs.keys() - given
         if unknown:
@@ -233,8 +242,20 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         Raises:
             InputError: always.
         """
+        raise self._no_offload("enable_model_cpu_offload")
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """Refuse, as `enable_model_cpu_offload` and for its reason.
+
+        Raises:
+            InputError: always.
+        """
+        raise self._no_offload("enable_sequential_cpu_offload")
+
+    @staticmethod
+    def _no_offload(name: str) -> InputError:
         remedy = "Call `encode_conditions` with Qwen2.5-VL on the GPU, move it away, and draw with its states."
-        raise InputError("enable_model_cpu_offload", found="a MetaQuery pipeline", remedy=remedy)
+        return InputError(name, found="a MetaQuery pipeline", remedy=remedy)
 
     def prefix(self, prompts: list[str], pictures: torch.Tensor | None = None) -> Prefix:
         """Return what stands before the queries, see `query_states.build_prefix`."""

@@ -365,6 +365,13 @@ def metaquery():
                 for side, cond in zip(("positive", "negative"), conds, strict=True):
                     at = f"metaquery.{i}.{name}.{positions}.{side}"
                     outputs[f"{at}.states"], outputs[f"{at}.pooled"] = unpack(cond)
+    trained = connector.model.conditioner.config
+    for written in ({"positions": "mrope"}, {"positions": "1d"}, {}):
+        connector.model.conditioner.config = {k: v for k, v in trained.items() if k != "positions"} | written
+        cond = node("UniPic2MetaQueryEncode", **common, prompt=METAQUERY_PROMPTS[0], negative_prompt="",
+                    positions="auto", image=INPUTS["vision.64x64"])[0]  # fmt: skip
+        outputs[f"metaquery.auto.{written.get('positions')}"] = unpack(cond)[0]
+    connector.model.conditioner.config = trained
     question = {"question": METAQUERY_PROMPTS[0], "lm_head": TIED, "max_length": 6, "temperature": 0.0, "seed": 0}
     qwen, rope = comfy.text_encoders.qwen_vl, "qwen2vl_mrope_position_ids"
     report["generates"] = hasattr(qwen, rope)

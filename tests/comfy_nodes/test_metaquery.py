@@ -47,6 +47,14 @@ def test_the_cases_differ(comfyui):
     assert (base[0] - base[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("written", "same_as"), [("mrope", "mrope"), ("1d", "1d"), (None, "1d")])
+def test_pictures_are_numbered_as_the_connector_was_trained(comfyui, written, same_as):
+    tensors, _ = comfyui
+    assert torch.equal(
+        tensors[f"metaquery.auto.{written}"], tensors[f"metaquery.0.vision.64x64.{same_as}.positive.states"]
+    )
+
+
 def test_the_clip_is_left_as_it_was(comfyui):
     """A picture of ComfyUI's own nodes is read as before ours were used."""
     tensors, _ = comfyui

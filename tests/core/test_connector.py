@@ -164,3 +164,14 @@ def test_files_that_are_no_connector_are_named(conditioner, tmp_path):
             StableDiffusion3Conditioner.from_pretrained(file)
     with pytest.raises(InputError, match="expected a MetaQuery connector"):
         conditioner_config({"pos_embed.proj.weight": (1, 1)})
+
+
+def test_how_pictures_were_numbered_is_kept_and_checked(conditioner, tmp_path):
+    assert "positions" not in conditioner.config
+    told = StableDiffusion3Conditioner(**{**conditioner.config, "positions": "mrope"}).initialize(0)
+    told.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        assert StableDiffusion3Conditioner.from_pretrained(path).config == told.config
+    (tmp_path / "config.json").write_text(json.dumps({**told.config, "positions": "2d"}))
+    with pytest.raises(InputError, match="positions in .*config.json: found '2d', expected one of 1d, mrope"):
+        StableDiffusion3Conditioner.from_pretrained(tmp_path)

@@ -688,6 +688,8 @@ def test_how_positions_were_trained_is_kept(make_pipeline, tmp_path):
     trainer = MetaQueryTrainer(pipe, settings(tmp_path, positions="mrope"), Samples())
     trainer.export(tmp_path / "export")
     assert open_model(tmp_path / "export").positions == "mrope"
+    for path in ("conditioner", "conditioner/diffusion_pytorch_model.safetensors"):  # where nodes find it
+        assert StableDiffusion3Conditioner.from_pretrained(tmp_path / "export" / path).config["positions"] == "mrope"
     assert MetaQueryPipeline.from_pretrained(tmp_path / "export", positions="1d").positions == "1d"
     again = MetaQueryPipeline.from_pretrained(tmp_path / "export")
     MetaQueryTrainer(again, settings(tmp_path), Samples())
@@ -720,9 +722,10 @@ def test_sizes_that_contradict_the_models_connector_are_named(make_pipeline, tmp
             load_metaquery(*parse([*argv, f"--{flag}", str(value)]))
 
 
-def test_what_only_moves_whole_parts_is_refused(make_pipeline):
-    with pytest.raises(InputError, match="encode_conditions"):
-        make_pipeline().enable_model_cpu_offload()
+@pytest.mark.parametrize("name", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_what_moves_parts_at_their_forward_is_refused(make_pipeline, name):
+    with pytest.raises(InputError, match=f"{name}.*encode_conditions"):
+        getattr(make_pipeline(), name)()
 
 
 def test_words_and_ready_states_together_are_refused(make_pipeline):

@@ -36,6 +36,9 @@ def right(question: Question) -> str | None:
     if question.kind == "where":
         thing = next(t for t in things if t.name == " ".join(words[-2:]))
         return quarter(thing.x, thing.y)
+    if question.kind == "at":
+        there = [t.name for t in things if quarter(t.x, t.y) == " ".join(words[-2:])]
+        return ", ".join(f"a {name}" for name in sorted(there)) or "nothing"
     if question.kind == "beside":
         other = next(t for t in things if t.name == " ".join(words[-2:]))
         thing = next(t for t in things if t is not other)

@@ -1,5 +1,6 @@
 """`unipic2 micro make`: the whole micro model from one seed, with a card of how it was made and how it scores."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -9,12 +10,19 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import AutoencoderTiny
 
 from ...core.checkpoint import cast_file
 from ...core.errors import InputError
 from ...core.files import check_replaceable, write_file
-from ...core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+from ...core.micro import (
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
+    TEXT_ENCODER_CONFIG,
+    TRANSFORMER_CONFIG,
+    VAE_CONFIG,
+)
 from ..kontext_pipeline import StableDiffusion3KontextPipeline, forget_paths
 from ..kontext_trainer import last_checkpoint
 from ..pretrain import parse, pretrain
@@ -88,6 +96,12 @@ class Stages:
             write_file(self.path, json.dumps(self.state, indent=2))
 
 
+def recipe(config: Path, *parts) -> str:
+    """Return a hash of a training config and of what else of the program decides what is made."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps([settings, *parts], sort_keys=True).encode()).hexdigest()[:12]
+
+
 def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int, overrides: list[str]) -> dict:
     """Train codec, text encoder and transformer, evaluate, and write the model to `out` (published layout, fp16).
 
@@ -108,12 +122,13 @@ def make(out: Path, work: Path, seed: int, codec_steps: int, decoder_steps: int,
     check_overrides("unipic2 micro make", overrides)
     out, work = out.absolute(), work.absolute()
     check_replaceable(out)
+    config = Path(__file__).resolve().parent.parent / "configs" / "pretrain_micro.yaml"
     settings = {"seed": seed, "codec_steps": codec_steps, "decoder_steps": decoder_steps, "overrides": overrides}
-    stages = Stages(work, settings)
+    made = recipe(config, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG)
+    stages = Stages(work, {**settings, "recipe": made})
     vae_dir, init_dir, run_dir, decoder_dir, model_dir = (
         work / name for name in ("vae", "init", "run", "decoder", "model")
     )
-    config = Path(__file__).resolve().parent.parent / "configs" / "pretrain_micro.yaml"
     argv = ["--config", str(config), "--model_name_or_path", str(init_dir), "--output_dir", str(run_dir)]
     argv += ["--seed", str(seed), *([] if torch.cuda.is_available() else ["--use_cpu"]), *overrides]
     script_args, args = parse(argv)

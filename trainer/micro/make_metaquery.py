@@ -9,6 +9,7 @@ import torch
 
 from ...core.errors import InputError
 from ...core.files import check_replaceable, write_file
+from ...core.micro import QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG
 from ..kontext_pipeline import StableDiffusion3KontextPipeline, check_pipeline_folder
 from ..metaquery import metaquery, parse
 from ..metaquery_config import MetaQueryConfig
@@ -18,7 +19,7 @@ from ..sheets import save_sheet
 from ..stages import parse_stages, run_stages
 from . import HELD_OUT_COUNT, HELD_OUT_SEED, QUESTIONS_PER_KIND, VLM_STEPS
 from .evaluate import evaluate
-from .make import Stages, check_overrides, publish, results_table
+from .make import Stages, check_overrides, publish, recipe, results_table
 from .questions import KINDS
 from .sheet import result_sheet
 from .vlm import build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
@@ -53,7 +54,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     if is_metaquery(folder):
         raise InputError("--base", found=f"{base}, a MetaQuery model", expected="a micro model with a text encoder")
     check_pipeline_folder(folder)
-    settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides}
+    made = recipe(_CONFIG, QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG, KINDS)
+    settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides, "recipe": made}
     stages = Stages(work, settings)
     vlm_dir, run_dir = work / "vlm", work / "run"
     argv = ["--config", str(_CONFIG), "--model_name_or_path", base, "--vlm_name_or_path", str(vlm_dir)]

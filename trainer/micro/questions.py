@@ -9,13 +9,14 @@ from ...core.micro import IMAGE_SIZE
 from .tasks import EDIT_KINDS, RELATIONS, SIDES, T2I_KINDS, relation_of, sample_edit, sample_t2i
 from .world import COLORS, SHAPES, Scene, Thing, sample_looks, sample_scene
 
-PICTURE_KINDS = ("what", "how_many", "color", "where", "beside", "exists", "describe")
+PICTURE_KINDS = ("what", "how_many", "color", "where", "at", "beside", "exists", "describe")
 """Questions about a picture."""
 TASK_KINDS = ("prompt", "order", "edit", "moved")
 """What a prompt asks for and on which side, without a picture; what an instruction makes of one, and where: the words
 of both tasks."""
 KINDS = (*PICTURE_KINDS, *TASK_KINDS)
 _NUMBERS = ("none", "one", "two", "three", "four")
+_QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 _CLEAR = 6  # pixels from the middle before a quarter of the picture is named
 
 
@@ -92,7 +93,7 @@ def _quarter(thing: Thing) -> str | None:
     x, y = thing.x - IMAGE_SIZE // 2, thing.y - IMAGE_SIZE // 2
     if min(abs(x), abs(y)) < _CLEAR:
         return None
-    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+    return _QUARTERS[2 * (y > 0) + (x > 0)]
 
 
 def _about_picture(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str] | None:
@@ -126,6 +127,13 @@ def _about_picture(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[s
         if quarter is None or sum(t.name == thing.name for t in things) > 1:
             return None
         return f"where is the {thing.name}?", quarter
+    if kind == "at":
+        quarters = [_quarter(t) for t in things]
+        if None in quarters:
+            return None
+        quarter = quarters[rng.integers(len(things))] if rng.random() < 0.8 else str(rng.choice(_QUARTERS))
+        there = [t.name for t, at in zip(things, quarters, strict=True) if at == quarter]
+        return f"what is at the {quarter}?", listed(there)
     if kind == "beside":
         if len(things) != 2 or things[0].name == things[1].name:
             return None
