@@ -34,30 +34,35 @@ class _Accuracy(TrainerCallback):
         self.every, self.count, self.curve, self.trainer = every, count, {}, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every:
+        if state.global_step % self.every and state.global_step != state.max_steps:
             return
         with self.trainer.drawing() as pipeline:
             scores, _ = evaluate(pipeline, self.count, _EVAL_SEED)
         self.curve[state.global_step] = [scores[task]["strict"] for task in _TASKS]
 
 
-def train(weight: float, seed: int, arguments, extra: list[str], folder: str, shared: dict) -> dict[int, list[float]]:
-    """Return strict accuracies (text-to-image, edit) by step."""
-    steps = arguments.steps
-    script_args, args = parse([
+def flags(weight: float, seed: int, steps: int, batch_size: int, folder: str) -> list[str]:
+    """Return a run's flags of `unipic2 train pretrain`."""
+    return [
         "--config", str(_CONFIG), "--model_name_or_path", str(weights_dir()), "--output_dir", folder, "--use_cpu",
         "--seed", str(seed), "--contrastive_weight", str(weight), "--max_steps", str(steps),
-        "--per_device_train_batch_size", str(arguments.batch_size), "--warmup_steps", "100", "--ema_decay", "0.99",
+        "--per_device_train_batch_size", str(batch_size), "--warmup_steps", "100", "--ema_decay", "0.99",
         "--lr_scheduler_kwargs", json.dumps({"num_decay_steps": steps // 2, "min_lr_ratio": 0.02}),
-        "--save_strategy", "no", "--report_to", "none", "--preview_steps", "0", *extra,
-    ])  # fmt: skip
+        "--save_strategy", "no", "--report_to", "none", "--preview_steps", "0",
+    ]  # fmt: skip
+
+
+def train(weight: float, seed: int, arguments, extra: list[str], folder: str, shared: dict) -> dict[int, list[float]]:
+    """Return strict accuracies (text-to-image, edit) by step."""
+    script_args, args = parse([*flags(weight, seed, arguments.steps, arguments.batch_size, folder), *extra])
     if "dataset" not in shared:  # the pool is the same for all runs: only its encoding takes long
         bundled = StableDiffusion3KontextPipeline.from_pretrained(weights_dir())
         shared["dataset"] = load_dataset(script_args, args, bundled)
         shared["vae"], shared["tokenizer"] = bundled.vae, bundled.tokenizer
     pipeline = build_pipeline(shared["vae"], shared["tokenizer"], seed)
     accuracy = _Accuracy(arguments.every, arguments.samples)
-    accuracy.trainer = FlowMatchingTrainer(pipeline, args, shared["dataset"], callbacks=[accuracy])
+    accuracy.trainer = FlowMatchingTrainer(pipeline, args, shared["dataset"])
+    accuracy.trainer.add_callback(accuracy)  # behind the average's, which is to have this step
     accuracy.trainer.train()
     return accuracy.curve
 

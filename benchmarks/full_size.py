@@ -10,7 +10,6 @@ safetensors alone, in the same run. The file lies in the system's cache for all 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -46,8 +45,9 @@ def write_model(folder: Path) -> int:
 
 
 def peak() -> float:
-    """Return the most memory this process has had, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Return the most memory this process has had, in GB; getrusage would count what its parent had before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
 def read_alone(path: Path) -> dict:

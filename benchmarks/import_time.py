@@ -24,6 +24,10 @@ sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import nodes
+try:  # what `load_custom_node` imports for its first pack: one of ComfyUI's own, in a real start
+    from comfy_config import config_parser
+except ImportError:
+    pass
 start = time.perf_counter()
 loaded = asyncio.run(nodes.load_custom_node(pack))
 print("SECONDS" if loaded else "FAILED", time.perf_counter() - start)

@@ -33,8 +33,11 @@ def settings(order: str, updates: int, n: int, seed: int) -> dict:
     """Return the YAML of a run."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     stages = []
+    left = updates
     for edit_ratio, share in ORDERS[order]:
-        steps = max(1, round(share * updates))
+        last = len(stages) + 1 == len(ORDERS[order])
+        steps = left if last else max(1, round(share * updates))
+        left -= steps
         schedule = {"num_decay_steps": steps // 4, "min_lr_ratio": 0.1}
         stages.append({"edit_ratio": edit_ratio, "max_steps": steps, "lr_scheduler_kwargs": schedule})
     return {**config, "stages": stages, "eval_n": n, "seed": seed, "gate_steps": 0, "report_to": "none"}

@@ -1,12 +1,12 @@
 """Minutes to a strict accuracy on the micro model, for each way of reinforcement learning, from many seeds.
 
-    python benchmarks/reinforcement.py [--task t2i] [--target 0.6] [--minutes 6] [--methods cps nft ...]
+    python benchmarks/reinforcement.py [--task edit] [--target 0.7] [--minutes 10] [--methods cps nft ...]
 
 Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
 weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
-as published: noise in all steps but the last, guidance and KL in training; `nft` is that of the first stage of
-`pdtr_micro.yaml`, and `nft_current` has the current weights draw. Further flags are those of `unipic2 train grpo`, for
-all methods.
+as published: noise in all steps but the last, guidance and KL in training; `nft` has the estimator's
+settings of `pdtr_micro.yaml`, and in `nft_current` the current weights draw. A look has the method's own guidance.
+Further flags are those of `unipic2 train grpo`, for all methods.
 """
 
 import argparse
@@ -35,8 +35,14 @@ _EVAL_SEED = 99
 class _Race(TrainerCallback):
     """Stops a run at the target or when its time is up; notes accuracy by minute."""
 
-    def __init__(self, arguments):
-        self.arguments, self.trainer, self.curve, self.spent, self.started = arguments, None, [], 0.0, None
+    def __init__(self, arguments, guidance: float):
+        self.arguments, self.guidance, self.trainer, self.curve, self.spent, self.started = (
+            arguments,
+            None,
+            [],
+            0.0,
+            None,
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._look()
@@ -51,18 +57,17 @@ class _Race(TrainerCallback):
         self.started = time.perf_counter()
 
     def _look(self) -> float:
-        guidance = self.arguments.eval_guidance
         with self.trainer.drawing() as pipeline:
-            scores, _ = evaluate(pipeline, self.arguments.samples, _EVAL_SEED, guidance_scale=guidance)
+            scores, _ = evaluate(pipeline, self.arguments.samples, _EVAL_SEED, guidance_scale=self.guidance)
         self.curve.append((self.spent / 60, scores["t2i"]["strict"], scores["edit"]["strict"]))
         return scores[self.arguments.task]["strict"]
 
 
-def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> list[tuple[float, float, float]]:
-    """Return `(minutes, strict text-to-image, strict edit)` of each look."""
+def flags(method: str, seed: int, task: str, folder: str) -> list[str]:
+    """Return a run's flags of `unipic2 train grpo`."""
     settings = {
         "model_name_or_path": "micro-pretrained", "output_dir": folder, "reward_funcs": "micro_soft", "seed": seed,
-        "edit_ratio": float(arguments.task == "edit"), "max_steps": 100_000, "per_device_train_batch_size": 96,
+        "edit_ratio": float(task == "edit"), "max_steps": 100_000, "per_device_train_batch_size": 96,
         "num_generations": 12, "num_inference_steps": 10, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
         "bf16": True, "ema_decay": 0.9, "save_strategy": "no", "report_to": "none", "preview_steps": 0,
         "logging_steps": 50, "disable_tqdm": True, "use_cpu": True, **METHODS[method],
@@ -70,8 +75,13 @@ def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> li
     argv: list[str] = []
     for name, value in settings.items():
         argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    script_args, args = parse([*argv, *extra])
-    runner = _Race(arguments)
+    return argv
+
+
+def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> list[tuple[float, float, float]]:
+    """Return `(minutes, strict text-to-image, strict edit)` of each look."""
+    script_args, args = parse([*flags(method, seed, arguments.task, folder), *extra])
+    runner = _Race(arguments, args.guidance_scale)
     runner.trainer = make_trainer(script_args, args, resumed=False)
     runner.trainer.add_callback(runner)
     runner.trainer.train()
@@ -87,12 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
     parser.add_argument("--task", default="t2i", choices=("t2i", "edit"), help="what is trained (default t2i)")
-    parser.add_argument("--target", type=float, default=0.85, help="strict accuracy to reach (default 0.85)")
-    parser.add_argument("--minutes", type=float, default=20, help="training time of a run at most (default 20)")
+    parser.add_argument("--target", type=float, default=0.6, help="strict accuracy to reach (default 0.6)")
+    parser.add_argument("--minutes", type=float, default=6, help="training time of a run at most (default 6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of training (default 1 2 3)")
     parser.add_argument("--every", type=int, default=10, help="optimizer steps between looks (default 10)")
     parser.add_argument("--samples", type=int, default=256, help="prompts, and edits, of a look (default 256)")
-    parser.add_argument("--eval-guidance", type=float, default=1.0, help="guidance of a look (default 1, none)")
     arguments, extra = parser.parse_known_args()
     logging.disable_progress_bar()
     place = ("t2i", "edit").index(arguments.task)

@@ -1,6 +1,5 @@
 """`train grpo` and `train pdtr`: settings, own data, stages, measuring, reports, LoRA that goes on."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -237,18 +236,3 @@ def test_pdtr_on_own_data_measures_by_rewards(config, tmp_path, prompts_file):
 def test_stages_that_cannot_be_meant(config, settings, said):
     with pytest.raises(InputError, match=said):
         pdtr.main(config(**settings))
-
-
-def test_the_benchmark_of_orders_has_settings_that_parse(tmp_path):
-    path = Path(__file__).resolve().parents[2] / "benchmarks/progressive.py"
-    spec = importlib.util.spec_from_file_location("progressive", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    for order, count in {"edit,t2i": 2, "t2i,edit": 2, "edit": 1, "t2i": 1, "joint": 1}.items():
-        (tmp_path / "c.yaml").write_text(yaml.safe_dump(benchmark.settings(order, 100, 64, 3)))
-        argv = ["--config", str(tmp_path / "c.yaml"), "--model_name_or_path", "micro-pretrained"]
-        stages = [args for _, args in parse_stages([*argv, "--output_dir", str(tmp_path)], pdtr.parse)]
-        assert len(stages) == count and sum(args.max_steps for args in stages) == 100
-        assert sum(args.edit_ratio * args.max_steps for args in stages) == pytest.approx(
-            {"edit": 100, "t2i": 0}.get(order, 40)
-        )

@@ -1,0 +1,53 @@
+"""Benchmarks that train: their settings are ones that the trainer takes, and the short ones run."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from unipic2.trainer import grpo, pdtr, pretrain
+from unipic2.trainer.stages import parse_stages
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def benchmark(name: str):
+    """Return a script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("updates", [100, 25])
+def test_orders_of_stages_make_as_many_steps(tmp_path, updates):
+    module = benchmark("progressive")
+    for order, count in {"edit,t2i": 2, "t2i,edit": 2, "edit": 1, "t2i": 1, "joint": 1}.items():
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(module.settings(order, updates, 64, 3)))
+        argv = ["--config", str(tmp_path / "c.yaml"), "--model_name_or_path", "micro-pretrained"]
+        stages = [args for _, args in parse_stages([*argv, "--output_dir", str(tmp_path)], pdtr.parse)]
+        assert len(stages) == count and sum(args.max_steps for args in stages) == updates
+        assert sum(args.edit_ratio * args.max_steps for args in stages) == pytest.approx(
+            {"edit": updates, "t2i": 0}.get(order, 0.4 * updates), abs=0.5
+        )
+
+
+def test_ways_of_reinforcement_learning_are_settings_that_parse(tmp_path):
+    module = benchmark("reinforcement")
+    assert set(module.METHODS) == {"published", "cps", "nft", "nft_current", "awm"}
+    for method in module.METHODS:
+        _, args = grpo.parse(module.flags(method, 3, "edit", str(tmp_path)))
+        assert args.edit_ratio == 1 and args.seed == 3
+        assert args.guidance_scale == (1.5 if method == "published" else 1)
+
+
+def test_contrastive_runs_are_settings_that_parse(tmp_path):
+    _, args = pretrain.parse(benchmark("contrastive").flags(0.05, 2, 400, 16, str(tmp_path)))
+    assert (args.contrastive_weight, args.max_steps, args.seed) == (0.05, 400, 2)
+
+
+@pytest.mark.parametrize(("name", "said"), [("pretraining", 3), ("metaquery", 6)])
+def test_benchmarks_of_steps_run(name, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, "--steps", "1", "--batch-size", "2", "--rounds", "1"])
+    benchmark(name).main()
+    assert capsys.readouterr().out.count("samples/s") == said
