@@ -22,7 +22,7 @@ from safetensors import safe_open
 from ..core.checkpoint import read_header
 from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError
-from ..core.prompts import IMAGE_TOKEN, POSITIONS, metaquery_segments, question_segments
+from ..core.prompts import IMAGE_TOKEN, metaquery_segments, question_segments
 from ..core.vision import understanding_pixels, vision_pixels
 from . import micro_model, published
 from .pictures import to_rgb
@@ -151,11 +151,11 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
     """
     if connector is None:
         raise InputError(f"{node}, connector", found="nothing", remedy="Load one with UniPic2 Load Connector.")
-    config = connector.model.conditioner.config
+    conditioner = connector.model.conditioner
     if positions == AUTO:
-        positions = config.get("positions", POSITIONS[0])
-    qwen = find_qwen(clip, node, config["llm_hidden_size"], sees=image is not None)
-    queries = connector.model.conditioner.meta_queries.detach().clone()
+        positions = conditioner.positions
+    qwen = find_qwen(clip, node, conditioner.config["llm_hidden_size"], sees=image is not None)
+    queries = conditioner.meta_queries.detach().clone()
     pictures = [None]
     if image is not None:
         clip = _seeing(clip, qwen)
@@ -175,7 +175,7 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
     out, conditioning = comfy.model_management.intermediate_device(), []
     for found in states:
         with _on(connector.load_device):
-            text, pooled = connector.model.conditioner(torch.cat(found).to(connector.load_device))
+            text, pooled = conditioner(torch.cat(found).to(connector.load_device))
         values = {"pooled_output": pooled.to(out)}
         clip.add_hooks_to_dict(values)  # of Set CLIP Hooks, as stock encoding does it
         conditioning.append([[text.to(out), values]])

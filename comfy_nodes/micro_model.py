@@ -14,6 +14,7 @@ from comfy.supported_models_base import ClipTarget
 
 from ..core.checkpoint import read_component
 from ..core.errors import InputError
+from ..core.files import VLM_LORA_FILE, VLM_LORA_FOLDER
 from ..core.micro import BUNDLED_MODELS, TEXT_ENCODER_CONFIG, component_dir, weights_dir
 from . import micro_qwen, published
 
@@ -88,7 +89,7 @@ def _load_text_encoder(folder, **loading):
 def _load_qwen(path, tokenizer, config, loading):
     sizes = micro_qwen.read_config(config, path / "config.json")
     published.require_file(tokenizer / "tokenizer.json")
-    lora = path.parent / "text_encoder_lora" / "comfyui_clip_lora.safetensors"
+    lora = path.parent / VLM_LORA_FOLDER / VLM_LORA_FILE
     if lora.is_file():
         logging.warning(
             "UniPic2: %s is not loaded with the model; put it into models/loras and load it with Load LoRA.", lora

@@ -145,6 +145,11 @@ class StableDiffusion3Conditioner(nn.Module):
         return self.config["num_queries"]
 
     @property
+    def positions(self) -> str:
+        """How a picture's tokens are numbered: as it was trained, or as the published model is run."""
+        return self.config.get("positions", POSITIONS[0])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the queries."""
         return self.meta_queries.dtype

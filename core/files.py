@@ -10,6 +10,8 @@ from .errors import InputError
 
 PIPELINE_INDEX, COMFYUI_LORA = "model_index.json", "comfyui_lora.safetensors"
 """Files that tell an exported pipeline, and an exported LoRA, from any other folder."""
+VLM_LORA_FOLDER, VLM_LORA_FILE = "text_encoder_lora", "comfyui_clip_lora.safetensors"
+"""Where a MetaQuery model has the LoRA of its language model, and which file of it ComfyUI's Load LoRA reads."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from ..core.checkpoint import cast_file, component_files, read_header
 from ..core.connector import StableDiffusion3Conditioner
 from ..core.errors import InputError, check_one_of
-from ..core.files import PIPELINE_INDEX, read_json, write_file
+from ..core.files import PIPELINE_INDEX, VLM_LORA_FOLDER, read_json, write_file
 from ..core.micro import BUNDLED_MODELS, component_dir, weights_dir
 from ..core.pictures import to_rgb
 from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, POSITIONS, question_segments
@@ -113,7 +113,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             tokenizer_3=None,
         )
         self.register_modules(conditioner=conditioner)
-        self.positions = positions or conditioner.config.get(_POSITIONS_KEY, POSITIONS[0])
+        self.positions = positions or conditioner.positions
         for field, part, expected in (
             ("llm_hidden_size", "Qwen2.5-VL", text_encoder.config.text_config.hidden_size),
             ("joint_attention_dim", "the transformer", transformer.config.joint_attention_dim),
@@ -126,7 +126,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
     @property
     def positions(self) -> str:
         """How a picture's tokens are numbered; kept with the connector, whose file may go elsewhere alone."""
-        return self.conditioner.config[_POSITIONS_KEY]
+        return self.conditioner.positions
 
     @positions.setter
     def positions(self, value: str) -> None:
@@ -188,7 +188,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             parts["conditioner"] = StableDiffusion3Conditioner.from_pretrained(
                 folder / "conditioner", **({} if type_of("conditioner") is None else {"dtype": type_of("conditioner")})
             )
-        lora = folder / vlm_lora.FOLDER
+        lora = folder / VLM_LORA_FOLDER
         if lora.is_dir() and "text_encoder" not in kwargs:
             vlm_lora.load_lora(parts["text_encoder"], lora)
         pipeline = cls(**parts, positions=positions)
@@ -221,7 +221,7 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
                 own = {"state_dict": vlm_lora.own_weights(part)} if name == "text_encoder" else {}
                 part.save_pretrained(folder / name, **own)
         if vlm_lora.lora_of(self.text_encoder) is not None:
-            vlm_lora.save_lora(self.text_encoder, folder / vlm_lora.FOLDER)
+            vlm_lora.save_lora(self.text_encoder, folder / VLM_LORA_FOLDER)
         if "text_encoder" in left_out and self.vlm_name is not None and not Path(self.vlm_name).exists():
             index[_VLM_KEY] = self.vlm_name  # a repository; where a folder lay is nobody's business
         for file in folder.rglob("*.safetensors") if dtype is not None else ():

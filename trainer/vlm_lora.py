@@ -17,13 +17,9 @@ from torch import nn
 
 from ..core.checkpoint import read_header, save_tensors
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import VLM_LORA_FILE, read_json
 from ..core.micro import MICRO_QWEN_KEY
 from .adapters import comfyui_tensors
-
-FOLDER = "text_encoder_lora"
-"""Where a model's folder has it, beside the components."""
-COMFYUI_FILE = "comfyui_clip_lora.safetensors"
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NAME = "default"
@@ -96,7 +92,7 @@ def own_weights(vlm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_lora(vlm: nn.Module, folder: Path) -> None:
-    """Write a LoRA: for PEFT, and in `COMFYUI_FILE` for ComfyUI's LoRA loaders, as one of the CLIP.
+    """Write a LoRA: for PEFT, and in `VLM_LORA_FILE` for ComfyUI's LoRA loaders, as one of the CLIP.
 
     Raises:
         InputError: the files cannot be written.
@@ -108,7 +104,7 @@ def save_lora(vlm: nn.Module, folder: Path) -> None:
     key = MICRO_QWEN_KEY if width < min(_COMFYUI_KEYS) else _COMFYUI_KEYS.get(width)
     if key is not None:
         tensors, scale = comfyui_tensors(layers, config, f"text_encoders.{key}.transformer.model.")
-        save_tensors(tensors, folder / COMFYUI_FILE, scale)
+        save_tensors(tensors, folder / VLM_LORA_FILE, scale)
 
 
 def load_lora(vlm: nn.Module, folder: Path) -> None:

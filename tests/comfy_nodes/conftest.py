@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from unipic2.cli.comfyui import resolve_install
 from unipic2.core.checkpoint import export_single_file, save_tensors
 from unipic2.core.connector import StableDiffusion3Conditioner
-from unipic2.core.files import COMFYUI_LORA
+from unipic2.core.files import COMFYUI_LORA, VLM_LORA_FILE
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
 from unipic2.core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT
 from unipic2.trainer import vlm_lora
@@ -203,7 +203,7 @@ def comfyui(models_folder, inputs, lora, qwen_lora, tmp_path_factory):
     pack.symlink_to(PACK, target_is_directory=True)
     save_file(inputs, folder / "inputs.safetensors")
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
-    shutil.copy(qwen_lora[1] / vlm_lora.COMFYUI_FILE, folder / "qwen_lora.safetensors")
+    shutil.copy(qwen_lora[1] / VLM_LORA_FILE, folder / "qwen_lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
     (folder / "diffusion_models").mkdir()
     (folder / "edit_negative.json").write_text(json.dumps(DEFAULT_EDIT_NEGATIVE_PROMPT))

@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from unipic2.cli.comfyui import resolve_install
 from unipic2.core.checkpoint import read_header
+from unipic2.core.files import VLM_LORA_FILE
 from unipic2.core.prompts import POSITIONS
 from unipic2.trainer import vlm_lora
 from unipic2.trainer.query_states import build_prefix, query_states
@@ -103,7 +104,7 @@ def test_published_sizes_have_the_names_that_such_a_lora_has(comfyui, tmp_path):
         vlm = Qwen2_5_VLForConditionalGeneration(config)
         vlm_lora.add_lora(vlm, 1, 2, seed=0)
         vlm_lora.save_lora(vlm, tmp_path / name)
-        keys = {key.rsplit(".lora_", 1)[0] for key in read_header(tmp_path / name / vlm_lora.COMFYUI_FILE).shapes}
+        keys = {key.rsplit(".lora_", 1)[0] for key in read_header(tmp_path / name / VLM_LORA_FILE).shapes}
         keys = {key for key in keys if not key.endswith(".alpha")}
         assert len(keys) == 4 and all(key.startswith(f"text_encoders.{name}.") for key in keys)
         if width == 3584:
