@@ -16,16 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...core.errors import InputError
-from ...core.files import read_json, write_file
+from ...core.files import VLM_LORA_FOLDER, read_json, write_file
 from ...core.pictures import to_rgb
 from ..sheets import save_sheet
-from ..vlm_lora import FOLDER as LORA_FOLDER
 from .figures import figures_of_kinds, grouped
 from .items import Benchmark, Item
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.json"
 _VERSIONS = ("torch", "diffusers", "transformers")
-PARTS = ("transformer", "vae", "conditioner", *(f"text_encoder{n}" for n in ("", "_2", "_3")), LORA_FOLDER)
+PARTS = ("transformer", "vae", "conditioner", *(f"text_encoder{n}" for n in ("", "_2", "_3")), VLM_LORA_FOLDER)
 """Parts of a pipeline that have weights."""
 
 
