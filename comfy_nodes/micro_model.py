@@ -52,7 +52,7 @@ def load(folder: Path):
         raise InputError(
             f"text encoder in {folder}", found=f"hidden_size {context_width}", expected=f"{width} (the transformer's)"
         )
-    return model, clip, published.load_vae(component_dir(folder, "vae"))
+    return published.with_trained_shift(model, folder), clip, published.load_vae(component_dir(folder, "vae"))
 
 
 def _load_clip_patcher(folder, **loading):

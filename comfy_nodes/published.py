@@ -1,5 +1,6 @@
 """Load parts of folders in the published layout, and single files, through ComfyUI's own loaders. No nodes here."""
 
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from safetensors import safe_open
 from ..core.checkpoint import (
     COMFYUI_SD3,
     DIFFUSERS_SD3,
+    DYNAMIC_SHIFT_KEY,
     LORA,
     check_transformer_config,
     detect_format,
     read_component,
     read_files,
     read_header,
+    shift_of_scheduler,
+    trained_shift,
     transformer_config,
 )
 from ..core.errors import InputError
@@ -80,7 +84,32 @@ def load(path, weight_dtype: str, node: str):
         vae = load_vae(folder) if folder.is_dir() else None
     else:
         model, vae = _load_file(path, options, node)
-    return kontext.enable_editing(model), comfy.sd.VAE(sd={}) if vae is None else vae
+    model = kontext.enable_editing(with_trained_shift(model, path))
+    return model, comfy.sd.VAE(sd={}) if vae is None else vae
+
+
+def with_trained_shift(model, path):
+    """Return a MODEL with the timestep shift that a folder's scheduler or a file's metadata names.
+
+    ModelSamplingSD3 sets it. A shift by the picture's size is left to the artist's ModelSamplingFlux; the log says so.
+
+    Raises:
+        InputError: that is no number above 0.
+    """
+    where = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
+    if not path.is_dir():
+        metadata = read_header(path).metadata
+    else:
+        metadata = shift_of_scheduler(read_config(where)) if where.is_file() else {}
+    if DYNAMIC_SHIFT_KEY in metadata:
+        said = "%s: trained with a shift by the picture's size; put ModelSamplingFlux behind it: %s"
+        logging.warning(said, path.name, metadata[DYNAMIC_SHIFT_KEY])
+    shift = trained_shift(metadata, where)
+    if shift in (None, model.get_model_object("model_sampling").shift):
+        return model
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # imports `nodes`, and with it ComfyUI's server
+
+    return ModelSamplingSD3().patch(model, shift)[0]
 
 
 def _load_file(path, options: dict, node: str):

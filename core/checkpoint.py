@@ -19,13 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
-from .files import cannot_write, write_file
+from .files import cannot_write, read_json, write_file
 
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 DIFFUSERS_SD3, COMFYUI_SD3, LORA, CONNECTOR, UNKNOWN = (
     "diffusers SD3 transformer", "ComfyUI SD3 transformer", "LoRA", "MetaQuery connector", "unknown",
 )  # fmt: skip
+SHIFT_KEY, DYNAMIC_SHIFT_KEY = "unipic2.shift", "unipic2.dynamic_shift"
+"""Metadata of a trained file: its shift, or JSON of `base_shift` and `max_shift`, if it is by the picture's size."""
+_OURS = "unipic2."
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 _HEAD_DIM = 64
@@ -166,6 +169,8 @@ def check_transformer_config(config: Mapping, shapes: Mapping[str, tuple[int, ..
 def component_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of one component folder (`transformer/`, ...): one, or all shards of an index.
 
+    Variants (`model.fp16.safetensors` beside `model.safetensors`) hold the same weights again and are left out.
+
     Raises:
         InputError: no safetensors there, the index is broken, or a shard that it names is missing.
     """
@@ -181,6 +186,8 @@ def component_files(folder: str | Path) -> list[Path]:
             raise InputError(f"sharded model {folder}", found=found, expected=f"{len(files)} shards")
         return files
     files = sorted(folder.glob("*.safetensors"))
+    names = {file.name for file in files}
+    files = [f for f in files if "." not in f.stem or f"{f.name.split('.')[0]}.safetensors" not in names]
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "no safetensors file"
@@ -223,6 +230,30 @@ def read_files(files: list[Path]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def shift_of_scheduler(config: Mapping) -> dict[str, str]:
+    """Return what the config of a flow-matching scheduler says of the timestep shift, as a file's metadata say it."""
+    if config.get("use_dynamic_shifting"):
+        return {DYNAMIC_SHIFT_KEY: json.dumps({name: config.get(name) for name in ("base_shift", "max_shift")})}
+    return {} if config.get("shift") is None else {SHIFT_KEY: str(config["shift"])}
+
+
+def trained_shift(metadata: Mapping[str, str], where: str | Path) -> float | None:
+    """Return the shift in a file's metadata; None where there is none, or one by the picture's size.
+
+    Raises:
+        InputError: it is no number above 0; `where` says of what.
+    """
+    if SHIFT_KEY not in metadata:
+        return None
+    try:
+        value = float(metadata[SHIFT_KEY])
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{where}, shift", found=repr(metadata[SHIFT_KEY]), expected="a number above 0")
+    return value
+
+
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
@@ -239,6 +270,7 @@ def save_tensors(
         with temporary.open("wb") as file:
             mode = os.fstat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes files private
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -247,11 +279,23 @@ def save_tensors(
         temporary.unlink(missing_ok=True)
 
 
-def cast_file(path: str | Path, dtype: torch.dtype) -> None:
-    """Rewrite a safetensors file with its floating-point tensors in `dtype`; metadata is kept."""
+def _sort_metadata(path: Path) -> None:
+    """Sort a file's metadata in place: safetensors writes them in a random order, and equal files should be equal."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        metadata = dict(sorted(header.pop("__metadata__").items()))
+        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the format allows spaces at the end
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def cast_file(path: str | Path, dtype: torch.dtype, metadata: dict[str, str] | None = None) -> None:
+    """Rewrite a safetensors file with its floating-point tensors in `dtype`; `metadata` is added to its own."""
     header = read_header(path)
     tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}
-    save_tensors(tensors, path, header.metadata)
+    save_tensors(tensors, path, {**header.metadata, **(metadata or {})})
 
 
 def export_single_file(
@@ -259,17 +303,23 @@ def export_single_file(
 ) -> None:
     """Merge `folder/transformer` (published layout, sharded or not) into one file that ComfyUI's UNETLoader reads.
 
-    Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format. Floating-point
-    tensors are cast to `dtype`; None keeps their own.
+    Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format, and what the
+    trainer wrote into the folder's. Floating-point tensors are cast to `dtype`; None keeps their own.
 
     Raises:
         InputError: the folder holds no SD3 transformer, or the file cannot be written.
     """
-    tensors = read_component(Path(folder) / "transformer")
+    part = Path(folder) / "transformer"
+    tensors = read_component(part)
     transformer_config({k: tuple(t.shape) for k, t in tensors.items()})
+    kept = {k: v for k, v in read_header(component_files(part)[0]).metadata.items() if k.startswith(_OURS)}
+    scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():  # it may be newer than the weights, of which a part was not trained again
+        kept = {k: v for k, v in kept.items() if k not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
+        kept |= shift_of_scheduler(read_json(scheduler, "a scheduler's settings"))
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-    save_tensors(tensors, path, {"format": "pt", "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})
+    save_tensors(tensors, path, {"format": "pt", **kept, "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})
 
 
 def import_single_file(path: str | Path, folder: str | Path) -> None:

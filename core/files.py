@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 from .errors import InputError
@@ -57,6 +58,27 @@ def check_replaceable(folder: Path) -> None:
         found = "a file" if not folder.is_dir() else f"a folder without {PIPELINE_INDEX} or {COMFYUI_LORA}"
         expected = "a new folder, an empty one, or an exported pipeline or LoRA, which is replaced"
         raise InputError(f"output {folder}", found=found, expected=expected)
+
+
+def replace_folder(finished: Path, folder: Path) -> None:
+    """Put a finished folder in the place of `folder`, which is there until the new one can be: both are on one disk.
+
+    A process that is killed between leaves no half of either, so the next one may replace it.
+
+    Raises:
+        OSError: no permission, another disk, ...
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        finished.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path, expected: str) -> dict:

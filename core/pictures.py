@@ -3,6 +3,8 @@
 from .errors import InputError
 
 FORMATS = "a picture: PNG, JPEG, WebP, ... with 8 or 16 bits per channel"
+TRANSPARENCY = "transparency put over white"
+"""What `to_rgb` says of a picture that is not opaque."""
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -34,7 +36,7 @@ def to_rgb(image, what: str):
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            notes.append("transparency put over white")
+            notes.append(TRANSPARENCY)
         white = image.copy()
         white.paste((255, 255, 255, 255), (0, 0, *image.size))
         white.alpha_composite(image)

@@ -47,6 +47,7 @@ class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
         buckets: what samples of one batch must share (their size), one for each sample; None for one size.
         num_processes: processes that take blocks in turn. Their tasks rotate, so that over several blocks each process
             has the same share of edits, which take longer. Draws of one turn are the same set for any number.
+        turns: of an optimizer step. A pass is whole steps: transformers would end it with a smaller one.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
         seed: int,
         buckets: Sequence[Hashable] | None = None,
         num_processes: int = 1,
+        turns: int = 1,
     ):
         groups: dict[bool, dict[Hashable, list[int]]] = {False: {}, True: {}}
         for index, edit in enumerate(is_edit):
@@ -67,8 +69,8 @@ class TaskBlockSampler(torch.utils.data.Sampler[tuple[int, int]]):
             edit_ratio = 0.0
         elif not self.groups[False]:
             edit_ratio = 1.0
-        # Whole turns, so that no process has a block more than another.
-        self.num_blocks = max(1, len(is_edit) // block_size // num_processes) * num_processes
+        blocks, of_step = max(1, len(is_edit) // block_size), num_processes * turns
+        self.num_blocks = -(-blocks // of_step) * of_step
         self.block_size, self.edit_ratio, self.seed, self.epoch = block_size, edit_ratio, seed, 0
         self.num_processes = num_processes
 

@@ -314,7 +314,13 @@ def _launch(config: str, num_processes: int | None, argv: list[str]) -> int:
         raise InputError("--accelerate_config", found=config, expected=_profiles())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     command += ["--num_processes", str(num_processes)] if num_processes is not None else []
-    return subprocess.run([*command, "-m", "unipic2.cli", "train", *argv]).returncode
+    process = subprocess.Popen([*command, "-m", "unipic2.cli", "train", *argv])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # also a SIGTERM; the workers have sessions of their own, and torch's agent ends them
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _check_folder(out: Path) -> None:
@@ -344,7 +350,8 @@ def _check_data(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import torch
 
-    from ..core.checkpoint import export_single_file
+    from ..core.checkpoint import DYNAMIC_SHIFT_KEY, export_single_file, read_header, trained_shift
+    from ..core.micro import SHIFT
     from .kontext_config import EXPORT_DTYPES
     from .kontext_pipeline import StableDiffusion3KontextPipeline
 
@@ -357,6 +364,15 @@ def _export(arguments: argparse.Namespace) -> int:
     export_single_file(
         StableDiffusion3KontextPipeline.find_folder(arguments.model, others), arguments.out, dtype=dtype
     )
+    metadata = read_header(arguments.out).metadata
+    if (shift := trained_shift(metadata, arguments.out)) not in (None, SHIFT):
+        said = f"shift {shift}: put ModelSamplingSD3 with it behind Load Diffusion Model"
+        sys.stderr.write(f"trained with {said}; UniPic2 Loader does so by itself\n")
+    if DYNAMIC_SHIFT_KEY in metadata:
+        said = (
+            f"{metadata[DYNAMIC_SHIFT_KEY]} by the picture's size: put ModelSamplingFlux with them behind the loader"
+        )
+        sys.stderr.write(f"trained with {said}\n")
     sys.stdout.write(f"{arguments.out}\n")
     return 0
 

@@ -130,10 +130,9 @@ class FlowGRPOTrainer(KontextTrainer):
 
         def sampler(_dataset) -> _RepeatedTurns:
             buckets = getattr(data, "buckets", None)
-            blocks = TaskBlockSampler(data.is_edit, rows, args.edit_ratio, args.seed, buckets, args.world_size)
-            # A pass is whole optimizer steps, so that these say how many batches were done.
-            whole = args.gradient_accumulation_steps // math.gcd(args.gradient_accumulation_steps, self._repeats)
-            blocks.num_blocks = -(-blocks.num_blocks // (whole * args.world_size)) * whole * args.world_size
+            # So that optimizer steps say how many batches were done.
+            turns = args.gradient_accumulation_steps // math.gcd(args.gradient_accumulation_steps, self._repeats)
+            blocks = TaskBlockSampler(data.is_edit, rows, args.edit_ratio, args.seed, buckets, args.world_size, turns)
             return _RepeatedTurns(blocks, rows * args.world_size, self._repeats)
 
         return self._get_dataloader(SeededDraws(data), "Training", rows, sampler, True)

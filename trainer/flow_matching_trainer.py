@@ -185,9 +185,9 @@ class FlowMatchingTrainer(KontextTrainer):
             if self._resumed_from is not None:
                 self._stream.load(self._resumed_from)
             return self._stream
-        buckets = getattr(data, "buckets", None)
+        buckets, turns = getattr(data, "buckets", None), args.gradient_accumulation_steps
         return TaskBlockSampler(
-            data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size
+            data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size, turns
         )
 
     def train(self, *args, **kwargs):

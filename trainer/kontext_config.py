@@ -60,8 +60,14 @@ class KontextConfig(TrainingArguments):
         metadata={"help": "torch's kernel for attention in training: auto, flash, efficient, cudnn or math."},
     )
     use_ema: bool = field(default=True, metadata={"help": "Keep an average of the weights; it is what is exported."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average for each optimizer step."})
-    ema_update_steps: int = field(default=1, metadata={"help": "Optimizer steps between updates of the average."})
+    ema_decay: float = field(
+        default=0.999,
+        metadata={"help": "Highest decay of that average at an update; update n has at most 1 - n ** -0.75."},
+    )
+    ema_update_steps: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps between updates: 10 with a decay of 0.999 is as long a memory as 0.9999."},
+    )
     ema_on_cpu: bool = field(
         default=False, metadata={"help": "Keep the average in main memory: frees 4 bytes a weight, costs a copy."}
     )
@@ -95,11 +101,16 @@ class KontextConfig(TrainingArguments):
             raise InputError("eval_strategy", found=found, expected="no", remedy=remedy)
         if self.save_strategy == "best":
             raise InputError("save_strategy", found="best", expected="steps, epoch or no")
+        if self.save_only_model:
+            remedy = "`output_dir/export` is the model alone; save_strategy no keeps no checkpoints."
+            raise InputError("save_only_model", found="true", expected="false, or no run can go on", remedy=remedy)
         if self.resume_from_checkpoint is not None:
             remedy = "Take `resume: true`: it goes on at the last whole checkpoint of output_dir."
             raise InputError("resume_from_checkpoint", found=self.resume_from_checkpoint, remedy=remedy)
         if self.ddp_find_unused_parameters is None:  # each step reaches all that is trained
             self.ddp_find_unused_parameters = False
+        if self.ddp_broadcast_buffers is None:  # positions alone, which never change: 0.9 GB a step
+            self.ddp_broadcast_buffers = False
         check_one_of("export_dtype", self.export_dtype, EXPORT_DTYPES)
         check_one_of("attention_backend", self.attention_backend, tuple(ATTENTION_BACKENDS))
         check_one_of("trainable", self.trainable, self.TRAINABLE)

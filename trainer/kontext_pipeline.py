@@ -28,7 +28,9 @@ from .kontext_transformer import SD3Transformer2DKontextModel
 
 SAMPLE_MODES = ("argmax", "sample")
 _REFERENCE_KEY = "ref_hidden_states"
-NO_WEIGHTS = shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.ckpt", "*.msgpack")  # pickles and leftovers of downloads
+_VARIANTS = "*.fp16*"  # the same weights again
+NOT_COPIED = shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.ckpt", "*.msgpack", _VARIANTS)
+"""Pickles, leftovers of downloads, variants."""
 _TOKEN_EMBEDDINGS = {
     "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
     "shared.weight": ("vocab_size", "d_model"),
@@ -217,7 +219,8 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
         keys = ("cache_dir", "revision", "token", "local_files_only", "force_download")
         options = {key: kwargs.pop(key) for key in keys if key in kwargs}
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        ignored = [f"{component}/*" for component in kwargs]
+        # Stability's repositories hold all weights once more for ComfyUI: one file at the root, and a folder.
+        ignored = [_VARIANTS, "sd3*.safetensors", "text_encoders/*", *(f"{component}/*" for component in kwargs)]
         try:
             return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, **options))
         except (OSError, ValueError) as error:  # what the hub's client raises: no network, no such repository, ...
@@ -247,7 +250,9 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             if isinstance(getattr(self, name, None), CLIPTokenizer):
                 _write_vocabulary(Path(save_directory) / name)
 
-    def save_trained(self, folder: Path, trained: set[str], dtype: torch.dtype) -> None:
+    def save_trained(
+        self, folder: Path, trained: set[str], dtype: torch.dtype, metadata: dict[str, str] | None = None
+    ) -> None:
         """Write the pipeline with `trained` components in `dtype`; the others are copied from `loaded_from` unchanged.
 
         What was not loaded from a folder is written as a trained component is. Components that were left out when the
@@ -257,6 +262,7 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             folder: new; not cleaned up on errors.
             trained: names of components whose weights changed; the scheduler is always written.
             dtype: floating type of what is written.
+            metadata: put into the files of what is written.
         """
         base = self.loaded_from
         if base is None:
@@ -270,9 +276,9 @@ class StableDiffusion3KontextPipeline(StableDiffusion3Pipeline):
             for name in written:
                 getattr(self, name).save_pretrained(folder / name)
         for file in folder.rglob("*.safetensors"):
-            cast_file(file, dtype)
+            cast_file(file, dtype, metadata)
         for name in copied:
-            shutil.copytree(component_dir(base, name), folder / name, ignore=NO_WEIGHTS)
+            shutil.copytree(component_dir(base, name), folder / name, ignore=NOT_COPIED)
             if name in ("tokenizer", "tokenizer_2") and (folder / name / "tokenizer.json").is_file():
                 _write_vocabulary(folder / name)
         if base is not None:

@@ -3,7 +3,9 @@
 A trainer adds its own batches (`collate`, `get_train_dataloader`) and its own loss (`compute_loss`).
 """
 
+import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..core.checkpoint import cast_file, read_header, save_tensors
+from ..core.checkpoint import cast_file, read_header, save_tensors, shift_of_scheduler
 from ..core.errors import InputError
-from ..core.files import cannot_write, check_replaceable, write_file
+from ..core.files import cannot_write, check_replaceable, replace_folder, write_file
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, resolution_shift
 from .adapters import prepare, save_lora
 from .ema import EMA_FILE, EMACallback
@@ -36,8 +38,16 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_transformer import SD3Transformer2DKontextModel
 from .muon import MuonWithAdamW, is_block_matrix
 from .report import ReportCallback
+from .sheets import save_sheet
 
 _STATE_FILE = "trainer_state.json"
+_LOGGED = ("loss", "loss/t2i", "loss/edit", "reward", "kl")  # the last of each is written into exports
+_OF_THIS_PLACE = (
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "resume",
+)  # left out: the same run elsewhere is the same run
 _UNWRITABLE = ("PytorchStreamWriter", "inline_container", "No space left", "I/O error")
 
 
@@ -109,6 +119,13 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def _placeless(value):
+    """Return a setting without the folders that lead to a path."""
+    if isinstance(value, (list, tuple)):
+        return [_placeless(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.exists(value) else value
+
+
 def scheduler_of(args: KontextConfig, scheduler) -> FlowMatchEulerDiscreteScheduler:
     """Return the scheduler with the shift that is trained, for previews and export."""
     changes = {"use_dynamic_shifting": args.dynamic_shift}
@@ -176,6 +193,8 @@ class KontextTrainer(Trainer):
         self.peft_config = peft_config
         self.ema = EMACallback(args.ema_decay, args.ema_update_steps, args.ema_on_cpu) if args.use_ema else None
         self._resumed_from: Path | None = None
+        self.run_settings: dict = {}
+        """Settings beside `args`, such as the data's, for the report and the export."""
         try:
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, data_collator=self.collate, callbacks=callbacks
@@ -189,7 +208,7 @@ class KontextTrainer(Trainer):
             if not self.is_fsdp_enabled:  # else once the weights are sharded
                 self.ema.attach(model)
             self.add_callback(self.ema)
-        self.add_callback(ReportCallback())
+        self.add_callback(ReportCallback(self.settings))
         if previews is not None and args.preview_steps:
             self.add_callback(_PreviewCallback(self))
 
@@ -286,8 +305,11 @@ class KontextTrainer(Trainer):
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
+        loader = kwargs["train_dataloader"]
+        # Else torch draws its workers' seed from the generator of dropout, once more where a stream goes on.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         # Of several processes that go on within a pass, neither transformers nor accelerate finds the sampler.
-        batches = kwargs["train_dataloader"].batch_sampler
+        batches = loader.batch_sampler
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler
         if hasattr(batches.sampler, "set_epoch"):
@@ -484,7 +506,7 @@ class KontextTrainer(Trainer):
         """Write the model in the published layout, or its LoRA (`adapters.save_lora`); all or nothing.
 
         Averaged weights are written where there are any. An exported pipeline in `folder` is replaced. Of several
-        processes the first one writes. `card` becomes its README.md.
+        processes the first one writes. `card` becomes its README.md. The files' metadata say how they were trained.
 
         Raises:
             InputError: `folder` holds something else, cannot be written, or the disk is full; what was there stays.
@@ -523,19 +545,34 @@ class KontextTrainer(Trainer):
             self._write_export(unfinished, dtype)
             if card is not None:
                 write_file(unfinished / "README.md", card)
-            if folder.exists():
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
+            replace_folder(unfinished, folder)
         except (OSError, SafetensorError) as error:
             raise cannot_write(folder, error) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
+    def settings(self) -> dict:
+        """Return names and values of all settings of the run, those of `run_settings` among them."""
+        return {**self.run_settings, **self.args.to_sanitized_dict()}
+
+    def _metadata(self) -> dict[str, str]:
+        """Return what is written into exported files: how they came to be, and what sampling has to know."""
+        settings = {k: _placeless(v) for k, v in self.settings().items() if k not in _OF_THIS_PLACE}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        logged = {name: entry[name] for entry in self.state.log_history for name in _LOGGED if name in entry}
+        found = {"unipic2.method": self.method, "unipic2.step": str(self.state.global_step)}
+        found |= {"unipic2.metrics": json.dumps(logged)} if logged else {}
+        found["unipic2.config_sha256"] = digest
+        base = str(self.run_settings.get("model_name_or_path", ""))
+        if base and not Path(base).exists():  # a name; where a folder lay is nobody's business
+            found["unipic2.base"] = base
+        return found | shift_of_scheduler(self.pipeline.scheduler.config)
+
     def _write_export(self, folder: Path, dtype: torch.dtype) -> None:
         if self.peft_config is None:
-            self.pipeline.save_trained(folder, self.trained_components(), dtype)
+            self.pipeline.save_trained(folder, self.trained_components(), dtype, self._metadata())
             return
-        save_lora(self.pipeline, folder, {"unipic2.method": self.method, "unipic2.step": str(self.state.global_step)})
+        save_lora(self.pipeline, folder, self._metadata())
         for file in folder.rglob("*.safetensors"):
             cast_file(file, dtype)
 
@@ -562,9 +599,11 @@ class _PreviewCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "previews"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{state.global_step:06d}.png"
-        grid.save(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_sheet(grid, folder / f"step_{state.global_step:06d}.png")
+        except (InputError, OSError) as error:
+            sys.stderr.write(f"no preview at step {state.global_step}: {error}\n")
         self._to_loggers(grid, state.global_step)
 
     def _to_loggers(self, grid, step: int) -> None:

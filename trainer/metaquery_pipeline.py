@@ -30,7 +30,7 @@ from ..core.prompts import DEFAULT_EDIT_NEGATIVE_PROMPT, POSITIONS, question_seg
 from ..core.vision import understanding_pixels
 from . import vlm_lora
 from .kontext_pipeline import (
-    NO_WEIGHTS,
+    NOT_COPIED,
     StableDiffusion3KontextPipeline,
     check_component,
     forget_paths,
@@ -199,7 +199,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         """Write all parts in the published layout, with a `model_index.json`. Arguments of diffusers are not taken."""
         self._write(Path(save_directory), copied=())
 
-    def save_trained(self, folder: Path, trained: set[str], dtype: torch.dtype) -> None:
+    def save_trained(
+        self, folder: Path, trained: set[str], dtype: torch.dtype, metadata: dict[str, str] | None = None
+    ) -> None:
         """Write `trained` parts in `dtype`; the others are copied unchanged, or left out if they are Qwen2.5-VL's own.
 
         See `StableDiffusion3KontextPipeline.save_trained`.
@@ -207,9 +209,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
         base = self.loaded_from
         copied = () if base is None else [n for n in _LIBRARIES if n not in {*trained, *self.given, "scheduler"}]
         left_out = set() if self.writes_vlm else set(VLM_PARTS) & self.given
-        self._write(folder, copied, left_out, dtype)
+        self._write(folder, copied, left_out, dtype, metadata)
 
-    def _write(self, folder: Path, copied, left_out=frozenset(), dtype: torch.dtype | None = None) -> None:
+    def _write(self, folder: Path, copied, left_out=frozenset(), dtype: torch.dtype | None = None, metadata=None):
         folder.mkdir(parents=True, exist_ok=True)
         index = {"_class_name": type(self).__name__, _POSITIONS_KEY: self.positions}
         for name, (library, class_name) in _LIBRARIES.items():
@@ -226,9 +228,9 @@ class MetaQueryPipeline(StableDiffusion3KontextPipeline):
             index[_VLM_KEY] = self.vlm_name  # a repository; where a folder lay is nobody's business
         for file in folder.rglob("*.safetensors") if dtype is not None else ():
             if file.parent.name != "text_encoder" or dtype != torch.float32:  # never widened, between stages
-                cast_file(file, dtype)
+                cast_file(file, dtype, metadata)
         for name in copied:
-            shutil.copytree(component_dir(self.loaded_from, name), folder / name, ignore=NO_WEIGHTS)
+            shutil.copytree(component_dir(self.loaded_from, name), folder / name, ignore=NOT_COPIED)
         write_file(folder / PIPELINE_INDEX, json.dumps(index, indent=2) + "\n")
         forget_paths(folder)
 

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _CURVES = {
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("learning_rate",),
     "Samples per second": ("samples_per_second",),
+    "Picture tokens per second": ("tokens_per_second",),
     "Peak GPU memory, GiB": ("peak_memory_gib",),
 }
 _PREFIXES = {"Loss by band of sigma": "loss/sigma_", "Rewards": "rewards/"}
@@ -43,11 +45,14 @@ _STYLE = (
 
 
 class ReportCallback(TrainerCallback):
-    """Writes `report.html` to `output_dir` when training ends."""
+    """Writes `report.html` to `output_dir` when training ends, with what `settings()` then returns."""
+
+    def __init__(self, settings: Callable[[], dict]):
+        self.settings = settings
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_report(Path(args.output_dir), state.log_history, args.to_sanitized_dict())
+            write_report(Path(args.output_dir), state.log_history, self.settings())
 
 
 def write_report(output_dir: Path, history: list[dict], settings: dict) -> Path:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -230,11 +230,13 @@ def find_checkpoint(script_args: ScriptArguments, args: KontextConfig) -> Path |
     """
     output_dir = Path(args.output_dir)
     check_replaceable(output_dir / "export")
-    checkpoint = last_checkpoint(output_dir, args.use_ema)
+    checkpoint, found = last_checkpoint(output_dir, args.use_ema), last_checkpoint(output_dir, use_ema=False)
     if script_args.resume:
+        if found is not None:  # else a run with an average would begin anew beside one without, whose places it takes
+            _compare(args, {"use_ema": args.use_ema})
         start = "from the beginning: no whole checkpoint yet" if checkpoint is None else f"after {checkpoint.name}"
         sys.stderr.write(f"{output_dir}: training goes on {start}\n")
-    elif checkpoint is not None:
+    elif found is not None:
         remedy = "`resume: true` goes on with it; or name another folder."
         raise InputError(f"output_dir {output_dir}", found="checkpoints of an earlier run", remedy=remedy)
     return checkpoint
@@ -248,20 +250,27 @@ def check_identity(args: KontextConfig, identity: dict, resumed: bool) -> None:
     """
     identity = identity | {
         "seed": args.seed,
+        "use_ema": args.use_ema,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "batches of a step": args.gradient_accumulation_steps * args.world_size,
     }
     path = Path(args.output_dir) / _IDENTITY
     if resumed and path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in identity.items():
-            if name in kept and kept[name] != value:
-                remedy = "Name another output_dir, or take this run's own settings."
-                found, expected = f"{value}", f"{kept.get(name)}, with which {path.parent} was begun"
-                raise InputError(f"{name} of a resumed run", found=found, expected=expected, remedy=remedy)
+        _compare(args, identity)
     elif args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(identity, indent=2) + "\n")
+
+
+def _compare(args: KontextConfig, identity: dict) -> None:
+    """Raise InputError where a run's identity is another than what its `output_dir` has kept, if it has."""
+    path = Path(args.output_dir) / _IDENTITY
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, value in identity.items():
+        if name in kept and kept[name] != value:
+            remedy = "Name another output_dir, or take this run's own settings."
+            found, expected = f"{value}", f"{kept[name]}, with which {path.parent} was begun"
+            raise InputError(f"{name} of a resumed run", found=found, expected=expected, remedy=remedy)
 
 
 def train_and_export(
@@ -269,6 +278,7 @@ def train_and_export(
 ) -> Path:
     """Train and export with a card; returns the folder of the pipeline or LoRA, `output_dir/export`."""
     output_dir = Path(args.output_dir)
+    trainer.run_settings = asdict(script_args)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
     base, data = script_args.model_name_or_path, script_args.dataset_name

@@ -6,6 +6,7 @@ one exports is the result, in `output_dir/export`.
 """
 
 import gc
+import os
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from ..core.errors import InputError
-from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable
+from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, cannot_write, check_replaceable, replace_folder
 
 _KEY = "stages"
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
@@ -137,7 +138,20 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
     if parsed[-1][1].process_index == 0:
         unfinished = export.with_name(".export.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(last, unfinished)
-        shutil.rmtree(export, ignore_errors=True)
-        unfinished.rename(export)
+        try:
+            shutil.copytree(last, unfinished, copy_function=_linked)
+            replace_folder(unfinished, export)
+        except OSError as error:
+            raise cannot_write(export, error) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return export
+
+
+def _linked(source: str, target: str) -> str:
+    """Give a file a second name, or copy it where that cannot be: files of ours are replaced, never changed."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

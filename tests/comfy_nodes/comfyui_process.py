@@ -304,7 +304,8 @@ def loader(model, vae):
     parts = {f"first_stage_model.{key}": tensor for key, tensor in vae.first_stage_model.state_dict().items()}
     checkpoint = {**{f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}, **parts}
     save_file({key: tensor.contiguous() for key, tensor in checkpoint.items()}, files / "checkpoint.safetensors")
-    for file in ("lora.safetensors", "single.safetensors"):
+    for file in ("lora", "single", "shifted", "unshifted", "dynamic"):
+        file = f"{file}.safetensors"
         (files / file).write_bytes((WORK / file).read_bytes())
     before = [file.read_bytes() for file in sorted(Path(MODELS, "sharded").rglob("*.safetensors"))]
     for name in ("random", "sharded", "sharded", "single", "comfyui", "checkpoint"):
@@ -318,7 +319,24 @@ def loader(model, vae):
     small, _ = node("UniPic2Loader", model="single.safetensors", weight_dtype="fp8_e4m3fn")
     report["loader_fp8"] = str(small.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight.dtype)
     outputs["loader.fp8"] = predict(small, "96x64x1", reference=True)
+    shifts = [("UniPic2Loader", {"model": f"{name}.safetensors"}) for name in ("single", "shifted", "dynamic")]
+    scheduler = Path(MODELS, "sharded", "scheduler", "scheduler_config.json")
+    kept = scheduler.read_text()
+    for config in ({"shift": 2.0}, {"shift": 2.0, "use_dynamic_shifting": True}, {"shift": 3.0}):
+        shifts.append(("UniPic2Loader", {"model": "sharded", "config": config}))
+        shifts.append(("UniPic2MicroLoader", {"model": "sharded", "config": config}))
+    report["shifts"] = []
+    for name, arguments in shifts:
+        if (config := arguments.pop("config", None)) is not None:
+            scheduler.write_text(json.dumps({**json.loads(kept), **config}))
+        if name == "UniPic2Loader":
+            arguments["weight_dtype"] = "default"
+        found = node(name, **arguments)[0].get_model_object("model_sampling")
+        # Noise half way through the steps is what the shift is for.
+        report["shifts"].append([found.shift, float(found.sigma(torch.tensor(500.0)))])
+    scheduler.write_text(kept)
     collect({
+        "loader_shift": lambda: node("UniPic2Loader", model="unshifted.safetensors", weight_dtype="default"),
         "loader_lora": lambda: node("UniPic2Loader", model="lora.safetensors", weight_dtype="default"),
         "loader_absent": lambda: node("UniPic2Loader", model="../random", weight_dtype="default"),
         "loader_no_vae": lambda: node("UniPic2Loader", model="single.safetensors", weight_dtype="default")[1].decode(

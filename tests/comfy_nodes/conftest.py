@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from unipic2.cli.comfyui import resolve_install
-from unipic2.core.checkpoint import export_single_file, save_tensors
+from unipic2.core.checkpoint import DYNAMIC_SHIFT_KEY, SHIFT_KEY, export_single_file, save_tensors
 from unipic2.core.connector import StableDiffusion3Conditioner
 from unipic2.core.files import COMFYUI_LORA, VLM_LORA_FILE
 from unipic2.core.micro import MAX_TOKENS, SHIFT, TEXT_ENCODER_CONFIG, TRANSFORMER_CONFIG, VAE_CONFIG
@@ -205,6 +205,10 @@ def comfyui(models_folder, inputs, lora, qwen_lora, tmp_path_factory):
     shutil.copy(lora[1] / COMFYUI_LORA, folder / "lora.safetensors")
     shutil.copy(qwen_lora[1] / VLM_LORA_FILE, folder / "qwen_lora.safetensors")
     export_single_file(models_folder / "random", folder / "single.safetensors")
+    for name, metadata in (
+        ("shifted", {SHIFT_KEY: "1.5"}), ("unshifted", {SHIFT_KEY: "none"}), ("dynamic", {DYNAMIC_SHIFT_KEY: "{}"}),
+    ):  # fmt: skip
+        export_single_file(models_folder / "random", folder / f"{name}.safetensors", metadata)
     (folder / "diffusion_models").mkdir()
     (folder / "edit_negative.json").write_text(json.dumps(DEFAULT_EDIT_NEGATIVE_PROMPT))
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))

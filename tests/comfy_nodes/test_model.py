@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from unipic2.core.flow import shift_sigmas
 
 from .conftest import FORWARD_CASES
 
@@ -131,6 +132,15 @@ def test_the_loader_takes_every_form(comfyui, form):
 def test_the_loader_brings_the_vae(comfyui, form):
     tensors, _ = comfyui
     assert (tensors[f"loader.{form}.vae"] - tensors["vae.latents"]).abs().max() <= 1e-6
+
+
+def test_loaders_sample_with_the_shift_that_was_trained(comfyui):
+    """Files: none named, 1.5, one by size. A folder's scheduler, by both loaders: 2, one by size, SD3's own 3."""
+    _, report = comfyui
+    expected = [3.0, 1.5, 3.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+    assert [shift for shift, _ in report["shifts"]] == expected
+    half = [shift_sigmas(torch.tensor(0.5), shift).item() for shift in expected]
+    assert [sigma for _, sigma in report["shifts"]] == pytest.approx(half)
 
 
 def test_the_loader_takes_fp8(comfyui):

@@ -333,6 +333,17 @@ def fill_the_disk(monkeypatch, error):
     monkeypatch.setattr(checkpoint, "save_file", write_a_bit)
 
 
+def test_equal_files_are_equal_bytes(tmp_path):
+    """The library writes metadata in a random order."""
+    metadata = {f"unipic2.{name}": f'\u00e9 \u4e2d "{name}"\n' for name in "abcdefgh"}
+    files = [tmp_path / f"{i}.safetensors" for i in range(6)]
+    for file in files:
+        save_tensors(PAIR, file, metadata)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_header(files[0]).metadata == {"format": "pt", **metadata}
+    assert all(torch.equal(tensor, PAIR[key]) for key, tensor in load_file(files[0]).items())
+
+
 def test_save_tensors_replaces_as_a_whole(tmp_path):
     path = tmp_path / "x.safetensors"
     save_tensors(PAIR, path, {"step": "1"})

@@ -106,6 +106,21 @@ def test_turns_hold_the_same_draws_for_any_number_of_processes(ratio):
         assert sorted(alone[first : first + 4]) == sorted(shared[first : first + 4])
 
 
+@pytest.mark.parametrize("rows", [3, 18, 21])
+def test_a_pass_is_whole_steps(rows):
+    """So that N processes do the steps of one that accumulates N times as long, also over the end of a pass."""
+    is_edit = [i % 2 == 0 for i in range(rows)]
+    alone = TaskBlockSampler(is_edit, 2, 0.5, seed=0, turns=4)
+    shared = TaskBlockSampler(is_edit, 2, 0.5, seed=0, num_processes=2, turns=2)
+    assert len(alone) == len(shared) and alone.num_blocks % 4 == 0 and 0 <= len(alone) - rows < 8
+    for epoch in range(3):
+        alone.set_epoch(epoch)
+        shared.set_epoch(epoch)
+        one, two = blocks_of(alone), blocks_of(shared)
+        for first in range(0, len(one), 4):
+            assert sorted(one[first : first + 4]) == sorted(two[first : first + 4])
+
+
 def test_processes_share_the_edits():
     is_edit = [False] * 40 + [True] * 40
     blocks = blocks_of(TaskBlockSampler(is_edit, 4, 0.5, seed=0, num_processes=2))

@@ -1,6 +1,7 @@
 """Benchmarks that train: their settings are ones that the trainer takes, and the short ones run."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_ways_of_reinforcement_learning_are_settings_that_parse(tmp_path):
 def test_contrastive_runs_are_settings_that_parse(tmp_path):
     _, args = pretrain.parse(benchmark("contrastive").flags(0.05, 2, 400, 16, str(tmp_path)))
     assert (args.contrastive_weight, args.max_steps, args.seed) == (0.05, 400, 2)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_benchmark_of_a_training_step_runs(train, monkeypatch, capsys):
+    flags = ["--shape", "micro", "--train", train, "--steps", "2", "--batch-size", "2", "--peak-tflops", "1"]
+    monkeypatch.setattr("sys.argv", ["training_step", *flags])
+    benchmark("training_step").main()
+    found = re.search(
+        r"(\S+) s/step.*peak memory (\S+) GB\n(\S+) TFLOP/step, .* MFU (\S+) of 1$", capsys.readouterr().out, re.S
+    )
+    assert float(found[1]) > 0 and float(found[2]) > 0 and float(found[3]) > 0 and float(found[4]) > 0
 
 
 @pytest.mark.parametrize(("name", "said"), [("pretraining", 3), ("metaquery", 6)])

@@ -1,9 +1,13 @@
 """Cached latents and texts: the same training as without, resumable, and never of other encoders."""
 
+import errno
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 from unipic2.core.errors import InputError
@@ -94,6 +98,39 @@ def test_a_stopped_build_goes_on(make_small_pipeline, pairs_file, tmp_path, monk
     calls.clear()
     build(pairs, pipe, tmp_path / "cache")
     assert not calls, "nothing is encoded twice"
+
+
+def test_a_disk_that_is_too_small_is_told_first(make_small_pipeline, pairs_file, tmp_path, monkeypatch, capsys):
+    pipe, pairs = make_small_pipeline(), open_pairs(pairs_file)
+    pipe.encode_pixels = lambda pixels: pytest.fail("encoded")
+    monkeypatch.setattr("unipic2.trainer.data.cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="cache_dir .*: found 0.00 GB to write, expected at most the 0.00 GB"):
+        build(pairs, pipe, tmp_path / "cache")
+    texts = len({"", *pairs.prompts, pipe.default_negative_prompt(is_edit=True)})
+    assert f"16 rows and {texts} texts to encode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_disk_that_was_away_is_asked_again(make_small_pipeline, pairs_file, tmp_path, monkeypatch, gone):
+    """A row is broken for good by what is in its file, not by a file that cannot be reached."""
+    pipe, pairs = make_small_pipeline(), open_pairs(pairs_file)
+    read, is_file = Image.open, Path.is_file
+
+    def fails(where, *args):
+        if str(where).endswith("t3.png"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(where, *args)
+
+    cache = Cache(tmp_path / "cache", "these encoders")
+    with monkeypatch.context() as patched:
+        if gone:
+            patched.setattr(Path, "is_file", lambda path: path.name != "t3.png" and is_file(path))
+        else:
+            patched.setattr("unipic2.trainer.data.sources.Image.open", fails)
+        with pytest.raises(InputError, match=r"cache_dir .*t3.png.*the same command goes on"):
+            build_cache(pairs, cache, pipe, torch.float32, CPU)
+    assert not any(key.endswith(" broken") for key in cache.places)
+    assert len(build(open_pairs(pairs_file), pipe, tmp_path / "cache")) == 16
 
 
 def test_only_what_is_new_is_encoded(make_small_pipeline, tmp_path, pairs_file):

@@ -16,6 +16,7 @@ from unipic2.trainer.data.check import check, summary
 from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.prompts import PromptDataset
 from unipic2.trainer.data.sources import BrokenRow, find_columns, open_source, read_pair
+from unipic2.trainer.data.stream import open_stream
 
 
 def picture(seed: int, size=(96, 64)) -> Image.Image:
@@ -117,6 +118,10 @@ def test_a_folder_is_read_by_what_it_holds(tmp_path):
         (["image", "text"], ("text", "image", None)),
         (["jpg", "txt", "__key__"], ("txt", "jpg", None)),
         (["source_image", "edited_image", "edit_prompt"], ("edit_prompt", "edited_image", "source_image")),
+        (["image", "source_image", "prompt"], ("prompt", "image", "source_image")),
+        (["original_image", "edited_image", "edit_prompt"], ("edit_prompt", "edited_image", "original_image")),
+        (["src_img.jpg", "edited_img.png", "txt"], ("txt", "edited_img.png", "src_img.jpg")),
+        (["jpg", "json", "__key__"], ("json", "jpg", None)),
     ],
 )
 def test_columns_by_their_usual_names(names, expected):
@@ -250,6 +255,21 @@ def test_a_picture_of_its_buckets_size_stays_as_it_is(tmp_path):
     assert np.array_equal(dataset[0]["pixel_values"].permute(1, 2, 0).numpy(), np.asarray(picture(20, (64, 64))))
 
 
+def test_a_mask_with_transparency_is_broken(tmp_path):
+    """Over white, white strokes on nothing would be white all over."""
+    save(tmp_path / "p.png", 0)
+    Image.new("RGBA", (96, 64), (255, 255, 255, 0)).save(tmp_path / "m.png")
+    row = {"prompt": "a", "src_img": "p.png", "edited_img": "p.png", "mask": "m.png"}
+    source = open_source(write_jsonl(tmp_path / "d.jsonl", [row]))
+    with pytest.raises(BrokenRow, match="m.png: a mask with transparency"):
+        read_pair(source.rows[0], source.columns, source.root)
+    report = check([source], aspect_buckets(64))
+    assert report["broken"] == 0 and report["masks_with_transparency"] == 1
+    assert "masks with transparency, broken where masks are read: 1" in summary(report)
+    Image.new("LA", (96, 64), (255, 255)).save(tmp_path / "m.png")
+    assert read_pair(source.rows[0], source.columns, source.root).mask.getextrema() == (255, 255)
+
+
 def test_masks_follow_the_crop(tmp_path):
     save(tmp_path / "a.png", 0, (128, 64))
     mask = Image.new("L", (128, 64))
@@ -304,6 +324,62 @@ def test_a_folder_of_splits(tmp_path, suffix):
     assert len(open_source(str(tmp_path), split="test").rows) == 4
     with pytest.raises(InputError, match="dataset_split dev of .*: found files of test, train"):
         open_source(str(tmp_path), split="dev")
+
+
+def test_splits_by_folders(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        (tmp_path / split / "more").mkdir(parents=True)
+        rows = [{"prompt": f"{split} {i}", "image": "a.png"} for i in range(count)]
+        write_jsonl(tmp_path / split / "more/rows.jsonl", rows)
+    assert open_source(str(tmp_path)).rows["prompt"] == ["train 0", "train 1", "train 2"]
+    assert open_source(str(tmp_path), split="val").rows["prompt"] == ["val 0", "val 1"]
+
+
+def test_files_of_a_folder_are_never_left_out_silently(tmp_path):
+    row = {"prompt": "a", "image": "a.png"}
+    write_jsonl(tmp_path / "train_edits.jsonl", [row])
+    write_jsonl(tmp_path / "pictures.jsonl", [row])
+    with pytest.raises(InputError, match="pictures.jsonl beside files of train"):
+        open_source(str(tmp_path))
+    datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(InputError, match=".parquet and .jsonl files"):
+        open_source(str(tmp_path))
+
+
+def test_edits_in_a_folder_of_pictures(tmp_path):
+    save(tmp_path / "t.png", 1)
+    save(tmp_path / "s.png", 0)
+    write_jsonl(
+        tmp_path / "metadata.jsonl", [{"file_name": "t.png", "source_image_file_name": "s.png", "prompt": "red"}]
+    )
+    source = open_source(str(tmp_path))
+    pair = read_pair(source.rows[0], source.columns, source.root)
+    assert np.array_equal(np.asarray(pair.target), np.asarray(picture(1)))
+    assert np.array_equal(np.asarray(pair.source), np.asarray(picture(0)))
+
+
+@pytest.mark.parametrize("opened", ["whole", "streamed"])
+def test_edits_in_a_webdataset(opened, tmp_path):
+    with tarfile.open(tmp_path / "edits.tar", "w") as tar:
+        for i in range(3):
+            text = json.dumps({"instruction": f"edit {i}", "score": 1}).encode()
+            parts = {"source_image.png": png(i), "target_image.png": png(10 + i), "json": text}
+            for suffix, content in parts.items():
+                entry = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    if opened == "whole":
+        source = open_source(str(tmp_path / "edits.tar"))
+        rows = list(source.rows)
+    else:
+        source = open_stream(str(tmp_path / "edits.tar"))
+        rows = [source.row(raw) for raw in source.open()]
+    assert len(rows) == 3
+    for i, row in enumerate(rows):
+        pair = read_pair(row, source.columns, source.root)
+        assert pair.prompt == f"edit {i}"
+        assert np.array_equal(np.asarray(pair.target), np.asarray(picture(10 + i)))
+        assert np.array_equal(np.asarray(pair.source), np.asarray(picture(i)))
 
 
 def test_names_of_pictures_are_no_splits(tmp_path):

@@ -1,10 +1,13 @@
 """Two processes on the CPU (gloo) train the same model as one process that accumulates twice as long."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -49,12 +52,45 @@ def train(folder, model, data, *flags, launch=(), method="pretrain", settings=SE
 def test_two_processes_equal_one_that_accumulates(tmp_path, make_small_pipeline, pairs_file, streaming):
     model = tmp_path / "model"
     make_small_pipeline().save_pretrained(model)
-    alone = train(tmp_path / "one", model, pairs_file, "--gradient_accumulation_steps", "2", *streaming)
+    rows = pairs_file.with_name("seven.jsonl")  # a pass has three blocks, and one more to make two steps
+    rows.write_text("\n".join(pairs_file.read_text().splitlines()[:7]))
+    flags = ("--max_steps", "5", "--save_steps", "5", *streaming)
+    alone = train(tmp_path / "one", model, rows, "--gradient_accumulation_steps", "2", *flags)
     ddp = ("--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2")
-    shared = train(tmp_path / "two", model, pairs_file, *streaming, launch=ddp)
-    for name in ("checkpoint-3/model.safetensors", "checkpoint-3/ema.safetensors"):
+    shared = train(tmp_path / "two", model, rows, *flags, launch=ddp)
+    for name in ("checkpoint-5/model.safetensors", "checkpoint-5/ema.safetensors"):
         assert_same(model, alone / name, shared / name)
     assert (shared / "export/model_index.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_terminated_run_leaves_no_process(tmp_path, make_small_pipeline, pairs_file):
+    """Workers have sessions of their own: a signal to the command does not reach them by itself."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    make_small_pipeline().save_pretrained(model)
+    (tmp_path / "config.yaml").write_text(SETTINGS.replace("max_steps: 3", "max_steps: 100000"))
+    command = [sys.executable, "-m", "unipic2.cli", "train", "pretrain", "--config", str(tmp_path / "config.yaml")]
+    command += ["--model_name_or_path", str(model), "--dataset_name", str(pairs_file), "--output_dir", str(run)]
+    command += ["--ddp_backend", "gloo", "--accelerate_config", "ddp", "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def workers() -> list[str]:
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return [line for line in found if str(run) in line]
+
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    until = time.monotonic() + 240
+    while time.monotonic() < until and not (run / "checkpoint-3").exists() and process.poll() is None:
+        time.sleep(0.05)
+    assert len(workers()) >= 3, (tmp_path / "log").read_text()[-3000:]
+    process.terminate()
+    assert process.wait(60) == 130, (tmp_path / "log").read_text()[-3000:]
+    assert not workers()
 
 
 def test_two_processes_train_a_connector_as_one_does(tmp_path, make_metaquery_pipeline, pairs_file):

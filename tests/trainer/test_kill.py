@@ -39,6 +39,7 @@ def command(model, data, run):
 
 def start(model, data, run):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(run.parent / "cache")}
+    environment["PYTHONUNBUFFERED"] = "1"
     log = (run.parent / f"{run.name}.log").open("a")
     return subprocess.Popen(command(model, data, run), env=environment, stdout=log, stderr=log)
 
@@ -53,12 +54,12 @@ def kill_during_a_save(process, run):
     process.wait()
 
 
-def kill_after(process, run, seconds):
-    """Wait for training to move, then a while."""
-    known = set(run.glob("checkpoint-*"))
-    while process.poll() is None and not set(run.glob("checkpoint-*")) - known:
+def kill_after_steps(process, run, steps):
+    """Wait for so many optimizer steps: each one is logged."""
+    log = run.parent / f"{run.name}.log"
+    before = log.stat().st_size
+    while process.poll() is None and log.read_bytes()[before:].count(b"'learning_rate'") < steps:
         time.sleep(0.002)
-    time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -69,12 +70,12 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, make_small_
     make_small_pipeline().save_pretrained(model)
     assert start(model, pairs_file, whole).wait(300) == 0, (tmp_path / "whole.log").read_text()[-3000:]
     rng, steps = random.Random(0), []
-    for kill in ("save", "later", "save", "later", "save"):
+    for kill in (1, "save", rng.randint(3, 5), "save", rng.randint(3, 5)):
         process = start(model, pairs_file, killed)
         if kill == "save":
             kill_during_a_save(process, killed)
         else:
-            kill_after(process, killed, rng.uniform(0, 0.05))
+            kill_after_steps(process, killed, kill)
         assert process.returncode == -signal.SIGKILL, "it was done before it was killed"
         steps.append(sorted(int(f.name.rpartition("-")[2]) for f in killed.glob("checkpoint-*")))
     assert start(model, pairs_file, killed).wait(300) == 0, (tmp_path / "killed.log").read_text()[-3000:]

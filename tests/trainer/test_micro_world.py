@@ -423,7 +423,7 @@ def test_samples_of_the_training_pool(dataset, vae):
     task = dataset.edits[number]
     drawn = [dataset[len(dataset.items) + number] for _ in range(24)]
     sample, edit = dataset[0], next(s for s in drawn if s["prompt"] in phrasings(task))
-    assert set(sample) == {"prompt", "latents"} and set(edit) == {"prompt", "latents", "ref_latents"}
+    assert set(sample) == {"prompt", "latents", "source_id"} and set(edit) == {*sample, "ref_latents"}
     assert sample["latents"].shape == (16, 8, 8) and sample["latents"].dtype == torch.float32
     expected = encode(vae, [render(task.target), render(task.source), render(dataset.items[0].scene)])
     got = torch.stack([edit["latents"], edit["ref_latents"], sample["latents"]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from unipic2.core.errors import InputError
 from unipic2.core.micro import BUNDLED_MODELS, component_dir, weights_dir
@@ -98,6 +99,29 @@ def test_published_model_index_entries(pipeline, folder, entry):
     assert_draws_the_same(loaded, pipeline)
 
 
+def test_a_repository_of_stability_ai(pipeline, folder, tmp_path):
+    """What SD3.5-Medium's looks like: the classes of plain SD3, and weights several times."""
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+    }
+    rewrite_json(folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"], **index)
+    rewrite_json(folder / "transformer/config.json", _class_name="SD3Transformer2DModel")
+    (folder / "sd3.5_medium.safetensors").write_bytes(b"")
+    for name, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (folder / name / f"{stem}.fp16.safetensors").write_bytes(b"not read")
+    loaded = load(folder)
+    assert_draws_the_same(loaded, pipeline)
+    loaded.save_trained(tmp_path / "export", {"transformer"}, torch.float32)
+    files = [str(f.relative_to(tmp_path / "export")) for f in sorted((tmp_path / "export").rglob("*.safetensors"))]
+    assert files == [
+        f"{name}.safetensors"
+        for name in ("text_encoder/model", "transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+    ]
+    assert_draws_the_same(load(tmp_path / "export"), pipeline)
+
+
 def test_sharded_components(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model", max_shard_size="4MB")
     assert len(list((tmp_path / "model/transformer").glob("*.safetensors"))) > 2
@@ -122,6 +146,16 @@ def test_a_hub_repository_is_fetched_without_pickles_or_code(pipeline, folder, m
     assert asked["name"] == "someone/model" and asked["revision"] == "v1"
     assert "text_encoder/*" in asked["ignore_patterns"]
     assert not any(p.endswith((".bin", ".pt", ".ckpt", ".py", "*")) for p in asked["allow_patterns"])
+    files = ["model_index.json", "transformer/a.safetensors", "vae/b.json", "tokenizer/merges.txt"]
+    wanted = [
+        *files,
+        "model-00001-of-00002.safetensors",
+        "text_encoder_2/m.safetensors",
+    ]  # Qwen2.5-VL's are at the root
+    files = [*wanted, "sd3.5_medium.safetensors"]
+    files += ["text_encoder_2/model.fp16.safetensors", "text_encoders/t5.safetensors"]
+    asked = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **asked)) == wanted
 
 
 # Folders that cannot be loaded

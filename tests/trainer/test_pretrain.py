@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from unipic2.core.checkpoint import read_header
 from unipic2.core.errors import InputError
 from unipic2.trainer import FlowMatchingConfig, FlowMatchingTrainer, StableDiffusion3KontextPipeline
+from unipic2.trainer.cli import main
 from unipic2.trainer.pretrain import load_dataset, parse, pretrain
 from unipic2.trainer.previews import micro_previews, pair_previews
 
@@ -19,6 +20,7 @@ from unipic2.trainer.previews import micro_previews, pair_previews
     [
         ("timestep_sampling", "logitnormal", "expected one of logit_normal, uniform"),
         ("export_dtype", "fp16", "expected one of float32, float16, bfloat16"),
+        ("save_only_model", True, "expected false, or no run can go on"),
         ("caption_dropout", 1.1, "expected a share from 0 to 1"),
         ("edit_caption_dropout", -0.1, "expected a share from 0 to 1"),
         ("edit_ratio", 50, "expected a share from 0 to 1"),
@@ -76,7 +78,8 @@ def test_the_configs_for_published_checkpoints_parse(name, tmp_path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         pretrain.main(["--config", str(path), "--use_cpu"])
     script_args, args, (model, _, lora) = reached[0]
-    assert model == "Skywork/UniPic2-SD3.5M-Kontext-2B" and lora == name.endswith("lora")
+    full = "stabilityai/stable-diffusion-3.5-medium"  # the paper's first stage
+    assert model == ("Skywork/UniPic2-SD3.5M-Kontext-2B" if lora else full) and lora == name.endswith("lora")
     assert args.bf16 and args.gradient_checkpointing and script_args.cache_dtype == "bfloat16"
 
 
@@ -185,10 +188,8 @@ def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline
     whole = load_file(export / "comfyui_lora.safetensors")
     assert any(whole[key].abs().max() > 0 for key in whole if "lora_B" in key)
     said = read_header(export / "comfyui_lora.safetensors").metadata
-    assert said == {
-        "format": "pt", "unipic2.method": "flow matching", "unipic2.step": "4", "unipic2.lora_r": "2",
-        "unipic2.lora_alpha": "32",
-    }  # fmt: skip
+    expected = {"format": "pt", "unipic2.method": "flow matching", "unipic2.step": "4"}
+    assert said.items() >= {**expected, "unipic2.lora_r": "2", "unipic2.lora_alpha": "32"}.items()
     assert {t.dtype for t in whole.values()} == {torch.float16}, "export_dtype is the LoRA's, too"
     saved = load_file(tmp_path / "run/checkpoint-4/model.safetensors")
     assert saved and all("lora_" in key for key in saved)
@@ -231,6 +232,43 @@ def test_a_run_is_not_mixed_up_with_another(tmp_path, make_small_pipeline, pairs
     with pytest.raises(InputError, match="found other weights than those that are trained now"):
         run(tmp_path, make_small_pipeline, pairs, *flags, "--resume", "--trainable", "attention", "--max_steps", "6")
     run(tmp_path, make_small_pipeline, pairs, *flags, "--resume", "--max_steps", "6")
+
+
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_a_run_with_an_average_is_not_mixed_up_with_one_without(tmp_path, make_small_pipeline, pairs, first):
+    flags = ["--preview_steps", "0", "--save_strategy", "steps", "--save_steps", "2", "--use_ema"]
+    other = {"true": "false", "false": "true"}[first]
+    run(tmp_path, make_small_pipeline, pairs, *flags, first)
+    kept = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="checkpoints of an earlier run"):
+        run(tmp_path, make_small_pipeline, pairs, *flags, other)
+    with pytest.raises(InputError, match=f"use_ema of a resumed run: found {other.title()}, expected {first.title()}"):
+        run(tmp_path, make_small_pipeline, pairs, *flags, other, "--resume", "--max_steps", "6")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == kept
+
+
+def test_an_export_says_how_it_was_made(tmp_path, make_small_pipeline, pairs, capsys):
+    flags = ["--preview_steps", "0", "--save_strategy", "no", "--shift", "1.5", "--max_broken", "0.125"]
+    _, export = run(tmp_path, make_small_pipeline, pairs, *flags)
+    found = read_header(export / "transformer/diffusion_pytorch_model.safetensors").metadata
+    assert (found["unipic2.method"], found["unipic2.step"], found["unipic2.shift"]) == ("flow matching", "4", "1.5")
+    assert set(json.loads(found["unipic2.metrics"])) == {"loss", "loss/t2i", "loss/edit"}
+    assert len(found["unipic2.config_sha256"]) == 64 and str(tmp_path) not in str(found)
+    page = (export.parent / "report.html").read_text()
+    assert "max_broken<td>0.125" in page and "edits.jsonl" in page and "Picture tokens per second" in page
+    capsys.readouterr()
+    assert main(["export", "--model", str(export), "--out", str(tmp_path / "one.safetensors")]) == 0
+    assert "trained with shift 1.5: put ModelSamplingSD3" in capsys.readouterr().err
+    one = read_header(tmp_path / "one.safetensors").metadata
+    assert {name: one[name] for name in found} == found and "unipic2.format" in one
+
+
+def test_an_export_says_that_its_shift_is_by_size(tmp_path, make_small_pipeline, pairs, capsys):
+    flags = ["--preview_steps", "0", "--save_strategy", "no", "--dynamic_shift", "--use_peft"]
+    _, export = run(tmp_path, make_small_pipeline, pairs, *flags)
+    found = read_header(export / "comfyui_lora.safetensors").metadata
+    assert json.loads(found["unipic2.dynamic_shift"]) == {"base_shift": 0.5, "max_shift": 1.16}
+    assert "unipic2.shift" not in found
 
 
 def test_pictures_that_break_late_are_counted_in_the_main_process(tmp_path, make_small_pipeline, pairs, capfd):

@@ -15,9 +15,11 @@ from unipic2.core.errors import InputError
 from unipic2.trainer.batches import DRAW_SEED
 from unipic2.trainer.data import stream
 from unipic2.trainer.data.buckets import aspect_buckets
+from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.data.stream import StreamedPairs, open_stream
 from unipic2.trainer.pretrain import parse, pretrain
 
+TRANSFORMER = "transformer/diffusion_pytorch_model"
 FORMATS = ["jsonl", "parquet", "webdataset", "imagefolder"]
 
 
@@ -238,6 +240,60 @@ def test_surplus_of_a_task_does_not_fill_the_memory(tmp_path, capsys):
     assert capsys.readouterr().err.count("more edits than edit_ratio 0.5 takes") == 1
 
 
+def test_a_stream_sorted_by_task_says_what_it_wastes(tmp_path, capsys):
+    folder = write(tmp_path / "data", "jsonl", 200)
+    lines = [line for name in "ab" for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    (folder / "b.jsonl").unlink()
+    (folder / "a.jsonl").write_text("\n".join(sorted(lines, key=lambda line: "src_img" in line)))
+    with pytest.raises(
+        InputError, match="src_img, which the first 100 rows do not have: name it with --source_column"
+    ):
+        blocks(sampler_of(pairs_of(folder, pool_size=10)), 150)
+    named = StreamedPairs([open_stream(str(folder), source="src_img")], aspect_buckets(64), pool_size=10)
+    drawn = blocks(sampler_of(named), 150)
+    assert {block[0][0].is_edit for block in drawn} == {True, False}
+    assert "most rows are passed over; where its rows are sorted by task" in capsys.readouterr().err
+
+
+def members(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def test_tars_of_which_some_have_edits(tmp_path):
+    """The library would take the first tar's members for those of all, in each pass that of another tar."""
+    (tmp_path / "data").mkdir()
+    for name, edits in (("a", False), ("b", True), ("c", False)):
+        samples = []
+        for i in range(10):
+            samples += [
+                (f"{name}{i}.jpg", png(i)),
+                (f"{name}{i}.json", json.dumps({"caption": f"{name}{i}"}).encode()),
+            ]
+            samples += [(f"{name}{i}.source_image.png", png(i))] if edits else []
+        members(tmp_path / f"data/{name}.tar", samples)
+    pairs = pairs_of(tmp_path / "data", pool_size=30)
+    drawn = [entry for block in blocks(sampler_of(pairs), 90) for entry, _ in block]
+    assert pairs.counts.rows > 100 and not pairs.counts.broken, "some passes"
+    assert all(entry.is_edit == entry.row["json"]["caption"].startswith("b") for entry in drawn)
+    source = open_source(str(tmp_path / "data"))
+    assert source.columns.source == "source_image.png" and len(source.rows) == 30
+    assert sum(row["source_image.png"] is not None for row in source.rows) == 10
+
+
+@pytest.mark.parametrize("size", [0, 1, 700, -1500])
+def test_a_tar_that_was_cut_off_is_named(tmp_path, size):
+    folder = write(tmp_path / "data", "webdataset", 40)
+    whole = (folder / "a.tar").read_bytes()
+    (folder / "b.tar").write_bytes((whole if size >= 0 else whole.rstrip(b"\0"))[:size])
+    for open_one in (open_stream, open_source):
+        with pytest.raises(InputError, match="b.tar: found no whole tar"):
+            open_one(str(folder))
+
+
 def test_broken_rows_are_left_out_and_too_many_stop(tmp_path, capsys):
     folder = write(tmp_path / "data", "jsonl", 20)
     good = (folder / "a.jsonl").read_text()
@@ -248,7 +304,7 @@ def test_broken_rows_are_left_out_and_too_many_stop(tmp_path, capsys):
     for reason in ("no file", "list instead of a JSON object", "broken JSON"):
         assert reason in err
     assert pairs.counts.broken >= 3
-    with pytest.raises(InputError, match="training data: found 2 broken rows of .* share of 0.01"):
+    with pytest.raises(InputError, match="training data: found 11 broken rows of .* share of 0.01"):
         blocks(sampler_of(pairs_of(folder)), 50)
 
 
@@ -289,14 +345,25 @@ def run(tmp_path, data, name, *flags):
     argv += "--per_device_train_batch_size 2 --report_to none --disable_tqdm true --export_dtype float32".split()
     argv += "--preview_steps 6 --streaming --shuffle_buffer_size 6 --save_steps 2 --preview_inference_steps 1".split()
     export = pretrain(*parse([*argv, *flags]))
-    return load_file(export / "transformer/diffusion_pytorch_model.safetensors")
+    return weights_of(export)
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [("0", "1"), ("2", "2")])
-def test_a_stopped_run_equals_one_that_was_not(make_small_pipeline, tmp_path, monkeypatch, workers, accumulation):
+def weights_of(export):
+    file = "pytorch_lora_weights" if (export / "comfyui_lora.safetensors").exists() else TRANSFORMER
+    return load_file(export / f"{file}.safetensors")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dataloader_num_workers 0",
+        "--dataloader_num_workers 2 --gradient_accumulation_steps 2",
+        "--use_peft --lora_r 2 --lora_dropout 0.5",
+    ],
+)
+def test_a_stopped_run_equals_one_that_was_not(make_small_pipeline, tmp_path, monkeypatch, flags):
     make_small_pipeline().save_pretrained(tmp_path / "model")
-    data = write(tmp_path / "data", "parquet", 20)
-    flags = ["--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation]
+    data, flags = write(tmp_path / "data", "parquet", 20), flags.split()
     whole = run(tmp_path, data, "whole", *flags)
     assert (tmp_path / "whole/previews/step_000006.png").is_file()
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -9,7 +9,10 @@ MetaQuery's cache holds no texts: its queries are trained, and so are the states
 
 import hashlib
 import json
+import math
 import secrets
+import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
@@ -176,11 +179,34 @@ def build_cache(
     for module in encoders:
         module.eval().to(device)
     try:
+        _check_room(cache, dataset, pipeline, dtype, device)
         _add_rows(cache, dataset, pipeline, dtype, device, batch_size)
         _add_texts(cache, dataset, pipeline, dtype, device, batch_size)
     finally:
         for module in encoders:
             module.to("cpu")
+
+
+def _check_room(cache, dataset, pipeline, dtype, device) -> None:
+    """Say how large the cache becomes, and refuse at once what the disk has no room for after hours."""
+    rows, texts = _missing_rows(cache, dataset), _missing_texts(cache, dataset, pipeline)
+    size = pipeline.vae.config.latent_channels / pipeline.vae_scale_factor**2 * dtype.itemsize
+    need = sum(size * math.prod(dataset.buckets[i]) * (2 if dataset.is_edit[i] else 1) for i in rows)
+    if texts:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            [""], None, None, device=device, do_classifier_free_guidance=False
+        )
+        need += len(texts) * (states.numel() + pooled.numel()) * dtype.itemsize
+    free = shutil.disk_usage(cache.folder).free
+    if rows or texts:
+        about = f"{len(rows)} rows and {len(texts)} texts to encode, {need / 1e9:.2f} GB"
+        sys.stderr.write(f"{cache.folder}: {about}\n")
+    if need > free:
+        remedy = "Name a cache_dir on a larger disk, or leave it out and encode in training."
+        expected = f"at most the {free / 1e9:.2f} GB that are free"
+        raise InputError(
+            f"cache_dir {cache.folder}", found=f"{need / 1e9:.2f} GB to write", expected=expected, remedy=remedy
+        )
 
 
 def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
@@ -194,6 +220,9 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
                 try:
                     samples.append((i, dataset.read(i)))
                 except BrokenRow as broken:
+                    if broken.passing:  # it could be read when it was measured, and would be left out for ever
+                        remedy = "Once it can be read, the same command goes on: what is encoded is kept."
+                        raise InputError(f"cache_dir {cache.folder}", found=str(broken), remedy=remedy) from broken
                     dataset.note_broken(i, str(broken))
                     # Kept under the file's time and size: a mended one is read again.
                     reason = torch.frombuffer(bytearray(str(broken).encode()), dtype=torch.uint8)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from ...core.files import write_file
 from ..sheets import Cell, contact_sheet, save_sheet
 from .buckets import nearest_bucket
-from .sources import ROLES, BrokenRow, Source, measure, picture_of, read_pair
+from .sources import ROLES, BrokenRow, Source, TransparentMask, measure, picture_of, read_pair
 
 _LISTED = 200  # broken rows written to the report
 _THUMBNAIL = 160
@@ -20,13 +21,18 @@ _WHITE = 128  # what is darker everywhere masks out the whole picture
 
 def inspect_row(row: dict, columns, root: Path) -> dict:
     """Decode a row and return what `check` counts: as `measure`, with the source's size, a digest of it all, and
-    `dark_mask`: whether its mask has no white (such as masks of the values 0 and 1).
+    whether its mask has no white (`dark_mask`, such as masks of the values 0 and 1) or is not opaque.
     """
-    found = {**measure(row, columns, root), "source_width": 0, "source_height": 0, "digest": "", "dark_mask": False}
+    found = {**measure(row, columns, root), "source_width": 0, "source_height": 0, "digest": ""}
+    found |= {"dark_mask": False, "transparent_mask": False}
     if found["error"]:
         return found
     try:
-        pair = read_pair(row, columns, root)
+        try:
+            pair = read_pair(row, columns, root)
+        except TransparentMask:  # no fault where masks are not read
+            found["transparent_mask"] = True
+            pair = read_pair(row, replace(columns, mask=None), root)
     except BrokenRow as broken:
         return {**found, "error": str(broken)}
     digest = hashlib.blake2b(pair.prompt.encode(), digest_size=16)
@@ -56,7 +62,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
     report: dict = {"sources": [], "rows": 0, "t2i": 0, "edits": 0, "broken": 0, "broken_rows": []}
     kinds: dict[str, Counter] = {"t2i": Counter(), "edits": Counter()}
     reasons, digests = Counter(), defaultdict(list)
-    widths, heights, upscaled, reshaped, dark = [], [], 0, 0, 0
+    widths, heights, upscaled, reshaped, dark, transparent = [], [], 0, 0, 0, 0
     for source in sources:
         found = source.map(inspect_row, "reading rows", num_proc)
         columns = {role: getattr(source.columns, role) for role in ROLES}
@@ -80,6 +86,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
             heights.append(row["height"])
             upscaled += row["width"] < size[0] or row["height"] < size[1]
             dark += row["dark_mask"]
+            transparent += row["transparent_mask"]
             if row["is_edit"]:
                 reshaped += nearest_bucket(row["source_width"], row["source_height"], buckets) != size
     repeated = [places for places in digests.values() if len(places) > 1]
@@ -87,7 +94,7 @@ def check(sources: list[Source], buckets: list[tuple[int, int]], num_proc: int |
     report["buckets"] = {task: dict(sizes.most_common()) for task, sizes in kinds.items()}
     report["upscaled"] = upscaled
     report["edits_with_another_shape"] = reshaped
-    report["masks_without_white"] = dark
+    report["masks_without_white"], report["masks_with_transparency"] = dark, transparent
     report["duplicates"] = sum(len(places) - 1 for places in repeated)
     report["duplicate_examples"] = [[f"{name}:{row}" for name, row in places[:4]] for places in repeated[:20]]
     report["broken_reasons"] = dict(reasons.most_common())
@@ -125,6 +132,9 @@ def summary(report: dict) -> str:
         lines.append(f"edits whose source has another shape than the target: {report['edits_with_another_shape']}")
     if report["masks_without_white"]:
         lines.append(f"masks without white, which learn nothing (0 and 1?): {report['masks_without_white']}")
+    if report["masks_with_transparency"]:
+        found = f"masks with transparency, broken where masks are read: {report['masks_with_transparency']}"
+        lines.append(found)
     lines.append(f"duplicates: {report['duplicates']}")
     lines.append(f"broken: {report['broken']}")
     lines += [f"  {count} x {reason}" for reason, count in report["broken_reasons"].items()]

@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,27 @@ import datasets
 from PIL import Image, ImageOps
 
 from ...core.errors import InputError
-from ...core.pictures import to_rgb
+from ...core.pictures import TRANSPARENCY, to_rgb
+from .tars import features_of_tars
 
-SOURCE_COLUMNS = ("src_img", "source_image", "input_images", "image")
-TARGET_COLUMNS = ("edited_img", "edited_image", "target_image", "output_images", "output_image")
-PROMPT_COLUMNS = ("prompt", "instruction", "caption", "edited_prompt_list", "edit_prompt", "text", "txt")
+SOURCE_COLUMNS = (
+    "src_img", "source_image", "source_img", "input_images", "input_image", "original_image", "image"
+)  # fmt: skip
+TARGET_COLUMNS = ("edited_img", "edited_image", "target_image", "target_img", "output_images", "output_image")
+PROMPT_COLUMNS = ("prompt", "instruction", "caption", "edited_prompt_list", "edit_prompt", "text", "txt", "json")
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 """Names of the one picture of a text-to-image row, where there is no column of `TARGET_COLUMNS`."""
+_ENDINGS = ("jpg", "jpeg", "png", "webp", "txt")  # of a field of a webdataset, such as `src_img.png`
 ROLES = ("prompt", "target", "source", "mask")
 MASK_COLUMNS = ("mask", "mask_img", "mask_image")
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])", re.IGNORECASE)
+_READING = (
+    OSError, ValueError, RuntimeError, TypeError, AttributeError, tarfile.TarError, datasets.exceptions.DatasetsError
+)  # fmt: skip
+"""What `datasets` raises of data that it cannot read."""
+_IN_FOLDERS = (".parquet", ".tar", ".jsonl")
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+_SPLIT = re.compile(rf"({'|'.join(_SPLITS)})(?=[-_.])", re.IGNORECASE)
 _ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _EXIF_ORIENTATION = 0x0112
 
@@ -35,13 +46,20 @@ _EXIF_ORIENTATION = 0x0112
 class BrokenRow(ValueError):
     """A row that cannot be trained on; the message is the reason, with the file's name where there is one."""
 
+    passing = False
+    """Whether it was the system's fault (a network disk that is away, rights), and may be whole another time."""
+
+
+class TransparentMask(BrokenRow):
+    """A mask that is not opaque: whether that means inside or outside cannot be told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Which column is what. Example: `Columns("instruction", "edited_img", "src_img")`."""
 
     prompt: str
-    """Text, or a list of texts, of which the last is used."""
+    """Text, a list of texts, of which the last is used, or an object with one of `PROMPT_COLUMNS`."""
     target: str | None
     """The picture to learn; None where none is needed."""
     source: str | None = None
@@ -110,12 +128,15 @@ def find_columns(names: Iterable[str], what: str, needs_target: bool = True, **g
                 f"{role}_column of {what}", found=repr(name), expected=f"one of {', '.join(names)}", remedy=remedy
             )
 
+    known = {name.rpartition(".")[0]: name for name in reversed(names) if name.rpartition(".")[2].lower() in _ENDINGS}
+    known |= {name: name for name in names}
+
     def first(role: str, aliases: tuple[str, ...]) -> str | None:
-        return given.get(role) or next((alias for alias in aliases if alias in names), None)
+        return given.get(role) or next((known[alias] for alias in aliases if alias in known), None)
 
     target = first("target", TARGET_COLUMNS)
-    unmistakable = SOURCE_COLUMNS if target is not None else () if needs_target else SOURCE_COLUMNS[:-1]
-    source = first("source", unmistakable)
+    # Where nothing else is the picture to learn, `image` is.
+    source = first("source", SOURCE_COLUMNS if target is not None else SOURCE_COLUMNS[:-1])
     target = target or first("target", PICTURE_COLUMNS)
     prompt = first("prompt", PROMPT_COLUMNS)
     for role, name, aliases in (
@@ -161,10 +182,15 @@ def open_source(
         else:
             # Named as one split: by themselves the library's loaders guess splits from parts of names.
             loader, files = found
-            rows = datasets.load_dataset(loader, split="train", data_files={"train": [str(f) for f in files]})
+            options = {"data_files": {"train": [str(f) for f in files]}, "features": known_features(loader, files)}
+            rows = datasets.load_dataset(loader, split="train", **options)
     if not len(rows):
         raise InputError(f"dataset {name}", found="no rows", expected="at least one")
-    rows = rows.cast(datasets.Features({n: _undecoded(f) for n, f in rows.features.items()}))
+    for column, feature in rows.features.items():
+        if (
+            undecoded := _undecoded(feature)
+        ) != feature:  # of a picture a matter of words; lists of them are rewritten
+            rows = rows.cast_column(column, undecoded)
     found = find_columns(rows.column_names, name, needs_target, **columns)
     return Source(name, rows, found, find_root(name, image_root))
 
@@ -176,12 +202,21 @@ def unreadable_otherwise(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except _READING as error:
         reason = error.__cause__ or error  # the library wraps what a reader said
         found = " ".join(str(reason).split())[:400]
         remedy = None if Path(name).exists() else "There is no such folder here, so it was looked for on the hub."
         expected = "rows that `datasets` can read"
         raise InputError(f"dataset {name}", found=found, expected=expected, remedy=remedy) from error
+
+
+def known_features(loader: str, files: Sequence[Path]) -> datasets.Features | None:
+    """Return the columns of files whose loader would guess them from the first one; None for other loaders.
+
+    Raises:
+        InputError: see `features_of_tars`.
+    """
+    return features_of_tars(files) if loader == "webdataset" else None
 
 
 def find_root(name: str, image_root: str | None) -> Path:
@@ -217,21 +252,45 @@ def find_files(name: str, split: str) -> tuple[str, list[Path]] | None:
 
 
 def _files_of(path: Path, split: str) -> tuple[str, list[Path]]:
-    """Return the loader's name and the files of a split: those of a folder whose names begin with it, if any do."""
+    """Return the loader's name and the files of a split: all of a folder, where none is named after a split.
+
+    Raises:
+        InputError: no known kind or several, another split only, or files of which one cannot say.
+    """
     if path.is_file():
         if path.suffix.lower() not in _LOADERS:
             expected = f"a file of {', '.join(_LOADERS)}, or a folder"
             raise InputError(f"dataset {path}", found=f"a {path.suffix or 'nameless'} file", expected=expected)
         return _LOADERS[path.suffix.lower()], [path]
-    for suffix in (".parquet", ".tar", ".jsonl"):
-        files = sorted(f for f in path.rglob(f"*{suffix}") if f.stem != "metadata")
-        splits = {file: match[1].lower() for file in files if (match := _SPLIT.match(file.name))}
-        if splits and split not in splits.values():
-            found = f"files of {', '.join(sorted(set(splits.values())))}"
-            raise InputError(f"dataset_split {split} of {path}", found=found, expected=f"{split}-...{suffix}")
-        if files:
-            return _LOADERS[suffix], [file for file in files if not splits or splits.get(file) == split]
-    return "imagefolder", [file for file in sorted(path.rglob("*")) if file.is_file()]
+    found = {suffix: [f for f in sorted(path.rglob(f"*{suffix}")) if f.stem != "metadata"] for suffix in _IN_FOLDERS}
+    found = {suffix: files for suffix, files in found.items() if files}
+    if len(found) > 1:
+        expected = "files of one kind"
+        remedy = "Name those that are meant: dataset_name takes files, and several of them."
+        raise InputError(f"dataset {path}", found=f"{' and '.join(found)} files", expected=expected, remedy=remedy)
+    if not found:
+        return "imagefolder", [file for file in sorted(path.rglob("*")) if file.is_file()]
+    ((suffix, files),) = found.items()
+    splits = {file: _split_of(file.relative_to(path)) for file in files}
+    named = sorted({name for name in splits.values() if name})
+    if named and split not in named:
+        raise InputError(
+            f"dataset_split {split} of {path}", found=f"files of {', '.join(named)}", expected=f"{split}-...{suffix}"
+        )
+    if named and None in splits.values():
+        other = next(file for file, name in splits.items() if name is None)
+        expected = "every file named after its split, or none"
+        remedy = "Name the files that are meant: dataset_name takes several."
+        found = f"{other.name} beside files of {', '.join(named)}"
+        raise InputError(f"dataset {path}", found=found, expected=expected, remedy=remedy)
+    return _LOADERS[suffix], [file for file in files if not named or splits[file] == split]
+
+
+def _split_of(file: Path) -> str | None:
+    """Return the split that a file is of, by its name (`train-0000.parquet`) or else its folder (`train/0000.tar`)."""
+    if match := _SPLIT.match(file.name):
+        return match[1].lower()
+    return next((name.lower() for name in reversed(file.parent.parts) if name.lower() in _SPLITS), None)
 
 
 def _undecoded(feature):
@@ -248,6 +307,8 @@ def _undecoded(feature):
 def read_prompt(row: dict, columns: Columns) -> str:
     """Return a row's prompt. Raises BrokenRow where it has none."""
     value = row[columns.prompt]
+    if isinstance(value, dict):  # the .json of a webdataset
+        value = next((value[name] for name in PROMPT_COLUMNS if value.get(name)), None)
     if isinstance(value, (list, tuple)):
         value = value[-1] if value else ""
     if not isinstance(value, str) or not value.strip():
@@ -281,16 +342,25 @@ def picture_of(value, column: str, root: Path):
             return path, str(path)
     except (OSError, ValueError):  # a name too long, a zero byte in it: no path at all
         pass
-    raise BrokenRow(f"no file {str(path)[:200]}")
+    broken = BrokenRow(f"no file {str(path)[:200]}")
+    broken.passing = True
+    raise broken
 
 
-def read_picture(value, column: str, root: Path) -> Image.Image | None:
-    """Decode a row's picture as 8-bit RGB, as it is shown; None where it has none. Raises BrokenRow."""
+def read_picture(value, column: str, root: Path, opaque: bool = False) -> Image.Image | None:
+    """Decode a row's picture as 8-bit RGB, as it is shown; None where it has none.
+
+    Raises:
+        BrokenRow: it cannot be read, or must be `opaque` and is not.
+    """
     found = picture_of(value, column, root)
     if found is None:
         return None
     with _broken_otherwise(found[1]):
-        return to_rgb(ImageOps.exif_transpose(Image.open(found[0])), found[1])[0]
+        rgb, notes = to_rgb(ImageOps.exif_transpose(Image.open(found[0])), found[1])
+    if opaque and TRANSPARENCY in notes:
+        raise TransparentMask(f"{found[1]}: a mask with transparency, expected black and white")
+    return rgb
 
 
 @contextmanager
@@ -303,7 +373,9 @@ def _broken_otherwise(name: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise BrokenRow(f"{name}: too many pixels") from None
     except Exception as error:
-        raise BrokenRow(f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+        broken = BrokenRow(f"{name}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+        broken.passing = isinstance(error, OSError) and error.errno is not None  # what Pillow says has none
+        raise broken from None
 
 
 def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
@@ -317,7 +389,7 @@ def read_pair(row: dict, columns: Columns, root: Path) -> Pair:
     if target is None and columns.target:
         raise BrokenRow(f"no picture in {columns.target}")
     source = read_picture(row[columns.source], columns.source, root) if columns.source else None
-    mask = read_picture(row[columns.mask], columns.mask, root) if columns.mask else None
+    mask = read_picture(row[columns.mask], columns.mask, root, opaque=True) if columns.mask else None
     return Pair(prompt, target, source, None if mask is None else mask.convert("L"))
 
 

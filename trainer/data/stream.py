@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -26,12 +26,16 @@ from ..batches import DRAW_SEED, derived_seed, rotated, tasks_of_turn
 from .buckets import nearest_bucket
 from .pairs import sample_of
 from .sources import (
+    PICTURE_COLUMNS,
     ROLES,
+    SOURCE_COLUMNS,
+    TARGET_COLUMNS,
     BrokenRow,
     Columns,
     find_columns,
     find_files,
     find_root,
+    known_features,
     measure,
     read_pair,
     unreadable_otherwise,
@@ -41,8 +45,9 @@ STATE_FILE, _BLOBS_FILE = "stream.json", "stream.safetensors"
 _BLOB = "bytes in stream.safetensors"
 _PEEKED = 100  # rows whose columns are looked at, where the format names none
 _LINE = "text"  # `datasets`' column for a line of a text file
-_ENOUGH = 100  # rows that count as seen at least, when the share of broken ones is judged
+_ENOUGH = 1000  # rows that count as seen at least, when the share of broken ones is judged
 _RARE = 0.2  # of the greatest share of a task in any stream; below it a stream is not read for that task
+_MOST, _PASSED = 0.5, 4  # share of rows passed over that is worth a warning, once some pools of rows were read
 _SURPLUS = 2  # times its size that a pool may grow, by rows of the task that is not asked for
 _Bucket = tuple[int, int]
 
@@ -63,6 +68,8 @@ class Stream:
     """Meaning of the columns."""
     root: Path
     """Folder that relative picture paths start from."""
+    features: datasets.Features | None = None
+    """Columns, where the loader would guess them from the first file."""
 
     def open(self, order: list[int] | None = None) -> datasets.IterableDataset:
         """Return the rows from the first one on, files in `order`."""
@@ -71,7 +78,8 @@ class Stream:
                 rows = datasets.load_dataset(self.name, split=self.split, streaming=True)
             else:
                 files = self.files if order is None else [self.files[i] for i in order]
-                rows = datasets.load_dataset(self.loader, split="train", data_files={"train": files}, streaming=True)
+                options = {"data_files": {"train": files}, "features": self.features, "streaming": True}
+                rows = datasets.load_dataset(self.loader, split="train", **options)
             return rows if rows.features is None else rows.decode(False)
 
     def identity(self) -> list:
@@ -102,6 +110,11 @@ class Stream:
             BrokenRow: a line that is no JSON object, or a picture that cannot be fetched.
         """
         raw = self.decoded(raw)
+        if self.loader == _LINE and self.columns.source is None:
+            # Else an edit would be trained as text-to-image.
+            late = next((name for name in SOURCE_COLUMNS if name != self.columns.target and raw.get(name)), None)
+            if late is not None and (late != PICTURE_COLUMNS[0] or self.columns.target in TARGET_COLUMNS):
+                raise BrokenRow(f"{late}, which the first {_PEEKED} rows do not have: name it with --source_column")
         names = (getattr(self.columns, role) for role in ROLES)
         return {name: _fetched(raw.get(name)) for name in names if name is not None}
 
@@ -132,16 +145,20 @@ def open_stream(name: str, image_root: str | None = None, split: str = "train", 
                 f"dataset {name}", found="a .json file", expected="jsonl, one object a line, to stream it"
             )
         loader = _LINE
-    stream = Stream(name, loader, files, split, Columns("", ""), find_root(name, image_root))
+    with unreadable_otherwise(name):
+        features = known_features(loader, [Path(file) for file in files])
+    stream = Stream(name, loader, files, split, Columns("", ""), find_root(name, image_root), features)
     rows = stream.open()
     with unreadable_otherwise(name):
         if rows.features is not None and loader != _LINE:
             names = list(rows.features)
         else:
             names = _names(stream, islice(rows, _PEEKED))
+            if loader == _LINE and names:  # further rows may have more
+                names += [name for name in columns.values() if name is not None and name not in names]
     if not names:
         raise InputError(f"dataset {name}", found="no rows", expected="at least one")
-    return Stream(name, loader, files, split, find_columns(names, name, **columns), stream.root)
+    return replace(stream, columns=find_columns(names, name, **columns))
 
 
 def _names(stream: Stream, rows: Iterable[dict]) -> list[str]:
@@ -439,6 +456,9 @@ class StreamSampler(torch.utils.data.Sampler[tuple[StreamedRow, int]]):
             kind = "edits" if task else "text-to-image rows"
             message = f"{stream.name}: more {kind} than edit_ratio {self.edit_ratio} takes, some are passed over"
             counts.tell(message, self.pairs.quiet)
+            if counts.surplus > _MOST * max(counts.rows, _PASSED * self.pairs.pool_size):
+                remedy = "where its rows are sorted by task, name each task's files as a dataset of their own"
+                counts.tell(f"{stream.name}: most rows are passed over; {remedy}, or shuffle them", self.pairs.quiet)
 
     def _state(self) -> dict:
         counts = self.pairs.counts

@@ -72,7 +72,8 @@ class MicroDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         if index < len(self.items):
             item = self.items[index]
-            return {"prompt": self._prompt(rng, item), "latents": self.latents[item.latents].float()}
+            sample = {"prompt": self._prompt(rng, item), "latents": self.latents[item.latents].float()}
+            return {**sample, "source_id": index}
         number = index - len(self.items)
         target = self.latents[self.num_scenes + number].float()
         source = self.latents[self.num_scenes + len(self.edits) + number].float()
@@ -82,7 +83,7 @@ class MicroDataset(torch.utils.data.Dataset):
             task, target, source = back, source, target
         else:
             task = reworded(rng, task)
-        sample = {"prompt": task.prompt, "latents": target, "ref_latents": source}
+        sample = {"prompt": task.prompt, "latents": target, "ref_latents": source, "source_id": index}
         if self.with_sources:
             sample["source_pixels"] = torch.from_numpy(np.array(render(task.source))).permute(2, 0, 1).contiguous()
         return sample

@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 
 from ...core.checkpoint import cast_file
 from ...core.errors import InputError
-from ...core.files import check_replaceable, write_file
+from ...core.files import check_replaceable, replace_folder, write_file
 from ...core.micro import (
     GUIDANCE_SCALE,
     NUM_INFERENCE_STEPS,
@@ -184,8 +184,7 @@ def publish(export: Path, out: Path, text: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(export, unfinished)
     write_file(unfinished / "README.md", text)
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
+    replace_folder(unfinished, out)
 
 
 def card(command: str, minutes: dict, steps: dict, results: dict) -> str:
