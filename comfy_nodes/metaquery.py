@@ -328,7 +328,10 @@ def _read_head(qwen: _Qwen, lm_head: str, node: str):
                 f"{node}, lm_head",
                 found="none, for Qwen2.5-VL-7B",
                 expected="its file",
-                remedy="Choose the same text encoder file as in Load CLIP: ComfyUI leaves its output layer out.",
+                remedy=(
+                    "Choose the same text encoder file as in Load CLIP: ComfyUI leaves its output layer out. Beside a "
+                    "GGUF take any safetensors of Qwen2.5-VL-7B with lm_head.weight."
+                ),
             )
         return None
     path = folder_paths.get_full_path_or_raise("text_encoders", lm_head)

@@ -34,6 +34,7 @@ def advantages(
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
     clip: float | None = 5.0,
+    missing: torch.Tensor | None = None,
 ) -> Advantages:
     """Return how much better than its group each sample is.
 
@@ -47,6 +48,8 @@ def advantages(
             within its groups before the weighted sum, so that one of great spread does not drown the others; the sum
             is then divided by its standard deviation over the batch, unless `scale_rewards` is `none`.
         clip: advantages are kept within -clip..clip; None leaves them.
+        missing: (B, R) bool, rewards that apply and could not be found out. Where they are so for a whole group, as
+            its judge was down, the group's other rewards alone must not teach: some are best where nothing is done.
 
     Raises:
         ValueError: an unknown name, shapes that do not fit, a group of one, or rewards that are infinite.
@@ -70,7 +73,8 @@ def advantages(
     if (sizes < 2).any():
         raise ValueError("groups: found one of a single sample, expected at least 2 to compare")
     applies = ~rewards.isnan()
-    in_group = torch.stack([applies[members == group].any(dim=0) for group in range(len(sizes))])
+    wanted = applies if missing is None else applies | missing.cpu()
+    in_group = torch.stack([wanted[members == group].any(dim=0) for group in range(len(sizes))])
     # One that others of the group have and this sample lacks could not be found out: it must not count as 0.
     complete = applies.any(dim=1) & (applies == in_group[members]).all(dim=1)
     total = (rewards.nan_to_num() * weights).sum(dim=1).where(complete, torch.nan)

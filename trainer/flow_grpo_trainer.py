@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from PIL import Image
 
@@ -54,6 +55,23 @@ class _RepeatedTurns(torch.utils.data.Sampler):
                 for _ in range(self.repeats):
                     yield from draws
                 draws = []
+
+
+class _Remembered(torch.utils.data.Dataset):
+    """Draws of which the last ones are kept: a generation's rows come again with each of its batches."""
+
+    def __init__(self, draws: SeededDraws, count: int):
+        self.draws, self.count, self.kept = draws, count, {}
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict:
+        if draw not in self.kept:
+            if len(self.kept) >= self.count:
+                del self.kept[next(iter(self.kept))]
+            self.kept[draw] = self.draws[draw]
+        return self.kept[draw]
 
 
 def _of_each_prompt(order: list[int], prompts: list[str]) -> list[int]:
@@ -135,7 +153,7 @@ class FlowGRPOTrainer(KontextTrainer):
             blocks = TaskBlockSampler(data.is_edit, rows, args.edit_ratio, args.seed, buckets, args.world_size, turns)
             return _RepeatedTurns(blocks, rows * args.world_size, self._repeats)
 
-        return self._get_dataloader(SeededDraws(data), "Training", rows, sampler, True)
+        return self._get_dataloader(_Remembered(SeededDraws(data), rows), "Training", rows, sampler, True)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Draw a new generation when it is time, and train on the next batch of it."""
@@ -201,11 +219,11 @@ class FlowGRPOTrainer(KontextTrainer):
                 )  # fmt: skip
                 parts.append(drawn)
                 beside.drawn(self._decode(drawn.latents))
-            rewards = beside.all()
+            rewards, missing = beside.all()
         generation["steps"] = parts[0].steps
         generation["kept"] = self.learner.keep(parts, generation["sigmas"], generator)
         generation["advantages"] = self._advantages(
-            rewards, groups, prompts, beside.images, columns["source_image"]
+            rewards, missing, groups, prompts, beside.images, columns["source_image"]
         ).to(device)
         order = torch.randperm(len(groups), generator=generator)
         generation["batches"] = order.split(self._train_batch_size)
@@ -239,26 +257,35 @@ class FlowGRPOTrainer(KontextTrainer):
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def _advantages(
-        self, rewards: torch.Tensor, groups: torch.Tensor, prompts: list[str], images: list, sources: list
-    ) -> torch.Tensor:
+        self, rewards: torch.Tensor, missing: torch.Tensor, groups: torch.Tensor, prompts: list[str], images: list,
+        sources: list,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the advantages (N,) of this process's pictures, compared with those of all processes.
 
         Args:
             rewards: (N, R).
+            missing: (N, R), those that could not be found out.
             groups: (N,), which of the process's groups each belongs to.
             prompts, images, sources: N each, for the sheet; a source may be None.
         """
         args = self.args
-        scores = looked_through(self.reward_funcs, rewards)
+        scores = looked_through(self.reward_funcs, rewards, missing)
         for warning in scores.warnings:
             sys.stderr.write(f"step {self.state.global_step}: {warning}\n")
         rewards = self.accelerator.gather(scores.rewards.float().to(args.device)).cpu()
+        missing = self.accelerator.gather(missing.float().to(args.device)).cpu().bool()
         numbers = self.accelerator.gather(
             (groups + args.process_index * (int(groups.max()) + 1)).to(args.device)
         ).cpu()
         weights = None if args.reward_weights is None else torch.tensor(args.reward_weights)
         found = advantages(
-            rewards, numbers, weights, args.scale_rewards, args.multi_objective_aggregation, args.advantage_clip
+            rewards,
+            numbers,
+            weights,
+            args.scale_rewards,
+            args.multi_objective_aggregation,
+            args.advantage_clip,
+            missing,
         )
         self.note(found.metrics)
         for function, column in zip(self.reward_funcs, rewards.T, strict=True):
@@ -315,8 +342,14 @@ class FlowGRPOTrainer(KontextTrainer):
                 self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the means of what was noted since the last log."""
+        """Add the means of what was noted since the last log, in all processes."""
         if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 6) for name, values in self._metrics.items()}
+            noted = [{name: (sum(values), len(values)) for name, values in self._metrics.items()}]
+            sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+            for each in gather_object(noted):
+                for name, (total, count) in each.items():
+                    sums[name][0] += total
+                    sums[name][1] += count
+            logs |= {name: round(total / count, 6) for name, (total, count) in sums.items()}
             self._metrics.clear()
         super().log(logs, *args, **kwargs)

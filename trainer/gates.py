@@ -73,7 +73,7 @@ class GateCallback(TrainerCallback):
         if self.looks[-1]["step"] != state.global_step and not self.looks[-1]["ends"]:
             self._look(state.global_step)  # a stage need not end at a multiple of `steps`
         if self.fell and self.action == "rollback":
-            step = _best_of(self.looks)["step"]
+            step = _best_of([look for look in self.looks if self._is_kept(look)])["step"]
             self.trainer.restore(load_file(self.folder / _BEST.format(step)))
             if self.trainer.is_world_process_zero():
                 self._say(f"back to the weights of step {step}")
@@ -137,11 +137,15 @@ class GateCallback(TrainerCallback):
             save_tensors(self.trainer.trained_weights(), path)
         checkpoint = last_checkpoint(self.folder, self.trainer.args.use_ema)
         last = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        before = _best_of([look for look in self.looks if look["step"] <= last])
+        before = _best_of([look for look in self.looks if look["step"] <= last and self._is_kept(look)])
         needed = {path, *([] if before is None else [self.folder / _BEST.format(before["step"])])}
         for other in self.folder.glob(_BEST.format("*")):
             if other not in needed:
                 other.unlink()
+
+    def _is_kept(self, look: dict) -> bool:
+        """Whether its weights are there; of looks that stopped being comparable they need not be those of the best."""
+        return (self.folder / _BEST.format(look["step"])).is_file()
 
     def _say(self, text: str) -> None:
         sys.stderr.write(f"[gate] {text}\n")

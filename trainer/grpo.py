@@ -1,5 +1,6 @@
 """`unipic2 train grpo`: online reinforcement learning from a YAML file and flags."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,11 +93,27 @@ def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig
     return measured_rows(PromptDataset, sources, buckets, script_args.max_broken, args, alone=alone)
 
 
+def _check_tasks(is_edit: list[bool], args: FlowGRPOConfig) -> None:
+    """Say that rows lack a task that `edit_ratio` wants. Raises InputError where it wants nothing else."""
+    for task, share, found in (
+        ("edits", args.edit_ratio, any(is_edit)),
+        ("prompts without a picture", 1 - args.edit_ratio, not all(is_edit)),
+    ):
+        if found or not share:
+            continue
+        if share == 1:
+            remedy = "Change edit_ratio, or name the column of the pictures that edits start from: --source_column."
+            raise InputError("edit_ratio", found=f"{args.edit_ratio}, and no {task} in the data", remedy=remedy)
+        if args.process_index == 0:
+            sys.stderr.write(f"no {task} in the data, so edit_ratio {args.edit_ratio} has no effect\n")
+
+
 def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool) -> FlowGRPOTrainer:
     """Return the trainer of a run, with its rows, rewards and previews."""
     peft_config = script_args.peft_config()
     pipeline = load_pipeline(script_args, args, peft_config is not None)
     rows = load_rows(script_args.dataset_name, script_args, args, pipeline)
+    _check_tasks(rows.is_edit, args)
     rewards = script_args.load_rewards(args.device)
     identity = {
         "model_name_or_path": script_args.model_name_or_path,

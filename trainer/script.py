@@ -18,7 +18,7 @@ from ..core.files import check_replaceable, write_file
 from .adapters import lora_config
 from .data.buckets import aspect_buckets
 from .data.pairs import PairDataset, measure_sources
-from .data.sources import open_sources
+from .data.sources import SOURCE_COLUMNS, open_sources
 from .hub import model_card, push, repository_name
 from .kontext_config import KontextConfig
 from .kontext_pipeline import StableDiffusion3KontextPipeline
@@ -210,6 +210,11 @@ def measured_rows(
         measured = [measure_sources(sources, num_proc)]
         dataset = kind(sources, buckets, max_broken, measured[0])
         sys.stderr.write(f"{dataset.summary()}\n")
+        for source in sources:
+            unread = SOURCE_COLUMNS[-1]
+            if source.columns.target is source.columns.source is None and unread in source.rows.column_names:
+                said = f"{source.name}: its column {unread} is not read; if rows are edits of those pictures"
+                sys.stderr.write(f"{said}, name it with --source_column\n")
     if args.world_size > 1 and not alone:
         broadcast_object_list(measured)
     return dataset if dataset is not None else kind(sources, buckets, max_broken, measured[0])

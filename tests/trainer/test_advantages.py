@@ -66,6 +66,16 @@ def test_a_reward_that_could_not_be_found_out_is_no_zero(aggregation):
     assert found.rewards[3].isnan()
 
 
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_group_whose_judge_was_down_learns_nothing_from_its_other_rewards(aggregation):
+    """Preservation alone is best where nothing is edited. A reward that does not apply is no such thing."""
+    rewards, groups = [[NAN, 0.9], [NAN, 0.1], [NAN, 0.9], [NAN, 0.1]], torch.tensor([0, 0, 1, 1])
+    missing = torch.tensor([[True, False], [True, False], [False, False], [False, False]])
+    found = of(rewards, groups, aggregation=aggregation, missing=missing)
+    assert found.values[:2].tolist() == [0, 0] and found.rewards[:2].isnan().all()
+    assert found.values[2] > 0 > found.values[3] and found.informative.tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize(("value", "count"), [(0.1, 3), (0.7, 24), (0.9, 7)])
 def test_equal_rewards_are_equal_whatever_rounding_does(value, count):
     found = of([[value]] * count, torch.zeros(count, dtype=torch.int64))

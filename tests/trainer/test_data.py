@@ -382,6 +382,18 @@ def test_edits_in_a_webdataset(opened, tmp_path):
         assert np.array_equal(np.asarray(pair.source), np.asarray(picture(i)))
 
 
+def test_what_a_tar_says_in_json_reaches_rewards(tmp_path):
+    text = json.dumps({"prompt": "make it red", "requirement": "the car", "n": 2}).encode()
+    with tarfile.open(tmp_path / "rows.tar", "w") as tar:
+        for suffix, content in (("source_image.png", png(0)), ("json", text)):
+            entry = tarfile.TarInfo(f"0.{suffix}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    row = PromptDataset([open_source(str(tmp_path / "rows.tar"), needs_target=False)], aspect_buckets(64)).read(0)
+    assert (row["prompt"], row["requirement"], row["n"]) == ("make it red", "the car", 2)
+    assert row["source_image"].size == nearest_bucket(96, 64, aspect_buckets(64))
+
+
 def test_names_of_pictures_are_no_splits(tmp_path):
     folder = tmp_path / "pictures"
     rows = [{"file_name": name, "text": name} for name in ("train_station.png", "test.png", "sub/val_1.png")]

@@ -144,6 +144,12 @@ def test_groups_stay_whole_over_two_processes(tmp_path, make_small_pipeline, ton
     shared = train(tmp_path / "two", model, "micro", *flags, launch=ddp, method="grpo")
     for name in ("checkpoint-3/model.safetensors", "checkpoint-3/ema.safetensors"):
         assert_same(model, alone / name, shared / name)
+    one, two = (
+        json.loads((run / "checkpoint-3/trainer_state.json").read_text())["log_history"] for run in (alone, shared)
+    )
+    for name in ("reward", "kl"):  # of all processes
+        values = [[entry[name] for entry in history if name in entry] for history in (one, two)]
+        assert len(values[0]) == 3 and values[0] == pytest.approx(values[1], rel=0.02, abs=1e-6), name
 
 
 @pytest.mark.parametrize("own_data", [False, True])

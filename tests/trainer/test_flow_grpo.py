@@ -58,6 +58,21 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+class Counted(MicroTasks):
+    """Counts how often each row is read."""
+
+    def __getitem__(self, index):
+        self.reads = [*getattr(self, "reads", []), index]
+        return super().__getitem__(index)
+
+
+def test_rows_are_read_once_for_all_batches_of_a_generation(make_trainer):
+    data = Counted(12, 12)
+    settings = {"gradient_accumulation_steps": 4, "num_iterations": 2, "max_steps": 4}
+    trained(make_trainer(dataset=data, **settings))
+    assert len(data.reads) == 3 * 8, "two generations of 8 groups, and one that is loaded ahead"
+
+
 # Rewards
 
 

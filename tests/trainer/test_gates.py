@@ -154,6 +154,12 @@ def test_a_look_without_one_of_its_own_tasks_is_no_best_one(run_gate):
     assert step == 20 and trainer.model.weight.item() == 10
 
 
+def test_it_goes_back_to_weights_that_are_there(run_gate):
+    """The first look's were let go for better ones before its score stopped being comparable."""
+    gate, trainer, step = run_gate([(0.5, None), (0.6, None), (0.1, 0.6)], own=("t2i", "edit"))
+    assert step == 20 and gate.fell and trainer.model.weight.item() == 10
+
+
 def test_a_stage_that_ended_before_its_export_stays_ended(run_gate):
     run_gate([(0.5, 0.8), (0.9, 0.5)])
     gate, trainer, step = run_gate([(1, 1)], from_step=10)

@@ -97,6 +97,23 @@ def test_own_prompts_with_a_reward_of_ones_own(config, tmp_path, prompts_file, m
     assert (tmp_path / "run/previews/step_000002.png").is_file()
 
 
+def test_rows_without_the_task_that_is_asked_for(config, tmp_path, capsys):
+    """Such as edits whose source's column has another name: they would be drawn as prompts."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = [json.dumps({"prompt": "make it red", "image": "a.png"})] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = {"dataset_name": str(tmp_path / "rows.jsonl"), "resolution": 64, "reward_funcs": "micro_soft"}
+    with pytest.raises(InputError, match="edit_ratio: found 1.0, and no edits in the data.*--source_column"):
+        grpo.make_trainer(*grpo.parse(config(**settings, edit_ratio=1.0)), resumed=False)
+    grpo.make_trainer(*grpo.parse(config(**settings, edit_ratio=0.5)), resumed=False)
+    said = capsys.readouterr().err
+    assert "no edits in the data, so edit_ratio 0.5 has no effect" in said
+    assert "its column image is not read; if rows are edits of those pictures, name it with --source_column" in said
+    named = {**settings, "source_column": "image", "edit_ratio": 0.0}
+    with pytest.raises(InputError, match="edit_ratio: found 0.0, and no prompts without a picture in the data"):
+        grpo.make_trainer(*grpo.parse(config(**named)), resumed=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -31,7 +31,7 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 def ask(functions, count=2, **columns):
-    return looked_through(functions, asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns))[0])
+    return looked_through(functions, *asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns)))
 
 
 def unknown(values):
@@ -63,7 +63,10 @@ def test_no_reward_at_all_is_told_and_ends_nothing():
         return [None, float("nan")]
 
     found = ask([absent])
-    assert found.rewards.isnan().all() and found.warnings == ("no reward for any of 2 samples, from absent",)
+    assert found.rewards.isnan().all() and found.warnings == (
+        "reward absent could not be found out for 1 of 2 samples, which teach nothing",
+        "no reward for any of 2 samples, from absent",
+    )
 
 
 def test_what_is_unknown_is_not_what_does_not_apply():

@@ -3,7 +3,7 @@
 from PIL import Image, ImageOps
 
 from .pairs import PairDataset
-from .sources import read_pair
+from .sources import PROMPT_COLUMNS, read_pair
 
 
 class PromptDataset(PairDataset):
@@ -22,6 +22,8 @@ class PromptDataset(PairDataset):
         row = source.rows[place]
         pair = read_pair(row, source.columns, source.root)
         others = {k: v for k, v in row.items() if k not in (source.columns.prompt, source.columns.source)}
+        if isinstance(row[source.columns.prompt], dict):  # the .json of a webdataset has the others
+            others |= {k: v for k, v in row[source.columns.prompt].items() if k not in PROMPT_COLUMNS}
         found = {**others, "prompt": pair.prompt, "size": size}
         if pair.source is None:
             return found

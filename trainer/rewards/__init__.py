@@ -72,9 +72,13 @@ async def ask_all(
     )
 
 
-def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor) -> Scores:
-    """Return rewards (B, R) with what a person should know of them."""
-    warnings = []
+def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor, missing: torch.Tensor) -> Scores:
+    """Return rewards (B, R) with what a person should know of them; `missing` (B, R) could not be found out."""
+    warnings = [
+        f"reward {name_of(function)} could not be found out for {count} of {len(rewards)} samples, which teach nothing"
+        for function, count in zip(functions, missing.sum(dim=0).tolist(), strict=True)
+        if count
+    ]
     if rewards.isnan().all():  # a server that is down for a while must not end a run
         warnings.append(f"no reward for any of {len(rewards)} samples, from {', '.join(map(name_of, functions))}")
     for function, column in zip(functions, rewards.T, strict=True):

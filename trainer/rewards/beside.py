@@ -91,17 +91,25 @@ class Beside:
             self._parts.append(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
             self._asked = whole
 
-    def all(self) -> torch.Tensor:
-        """Return all rewards (N, R), once they are there. Raises InputError, see `ask_all`."""
-        plain = [function for function in self.functions if function not in self.waiting]
-        found = asyncio.run(self._ask(plain, slice(None)))
-        rewards = torch.empty(len(self.prompts), len(self.functions), dtype=found.dtype)
-        places = [function in self.waiting for function in self.functions]
-        rewards[:, ~torch.tensor(places)] = found
-        if self.waiting:
-            rewards[:, torch.tensor(places)] = torch.cat([part.result() for part in self._parts])
-        return rewards
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all rewards (N, R), once they are there, and which could not be found out.
 
-    async def _ask(self, functions: Sequence[RewardFunction], part: slice) -> torch.Tensor:
+        Raises:
+            InputError: see `ask_all`.
+        """
+        plain = [function for function in self.functions if function not in self.waiting]
+        asked = asyncio.run(self._ask(plain, slice(None)))
+        waited = torch.tensor([function in self.waiting for function in self.functions])
+        parts = [part.result() for part in self._parts]
+        both = []
+        for number, of_plain in enumerate(asked):
+            found = of_plain.new_empty(len(self.prompts), len(self.functions))
+            found[:, ~waited] = of_plain
+            if parts:
+                found[:, waited] = torch.cat([part[number] for part in parts])
+            both.append(found)
+        return tuple(both)
+
+    async def _ask(self, functions: Sequence[RewardFunction], part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         columns = {name: values[part] for name, values in self.columns.items()}
-        return (await ask_all(functions, self.prompts[part], self.images[part], columns))[0]
+        return await ask_all(functions, self.prompts[part], self.images[part], columns)
