@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import full_size
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,13 +28,7 @@ from unipic2.trainer import (
 )
 from unipic2.trainer.adapters import lora_config
 
-SD35M = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}  # fmt: skip
-SHAPES = {"sd35m": (SD35M, 77 + 256), "micro": (TRANSFORMER_CONFIG, MAX_TOKENS)}
+SHAPES = {"sd35m": (full_size.CONFIG, 77 + 256), "micro": (TRANSFORMER_CONFIG, MAX_TOKENS)}
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # TFLOP/s, dense, bfloat16
 WARM_UP = 4
 

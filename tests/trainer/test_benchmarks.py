@@ -49,6 +49,7 @@ def test_contrastive_runs_are_settings_that_parse(tmp_path):
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_benchmark_of_a_training_step_runs(train, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)  # as it is for a script
     flags = ["--shape", "micro", "--train", train, "--steps", "2", "--batch-size", "2", "--peak-tflops", "1"]
     monkeypatch.setattr("sys.argv", ["training_step", *flags])
     benchmark("training_step").main()
