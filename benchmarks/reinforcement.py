@@ -36,13 +36,8 @@ class _Race(TrainerCallback):
     """Stops a run at the target or when its time is up; notes accuracy by minute."""
 
     def __init__(self, arguments, guidance: float):
-        self.arguments, self.guidance, self.trainer, self.curve, self.spent, self.started = (
-            arguments,
-            None,
-            [],
-            0.0,
-            None,
-        )
+        self.arguments, self.guidance, self.trainer = arguments, guidance, None
+        self.curve, self.spent, self.started = [], 0.0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._look()

@@ -12,7 +12,6 @@ import argparse
 import platform
 import tempfile
 import time
-from pathlib import Path
 
 import full_size
 import torch
@@ -82,10 +81,7 @@ def flops_of(config: dict, tokens: int, edge: int, batch_size: int) -> float:
 
 def peak_memory() -> float:
     """Return the most memory in use, in GB: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else full_size.peak()
 
 
 def main() -> None:

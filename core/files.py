@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import InputError
@@ -60,25 +61,33 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"output {folder}", found=found, expected=expected)
 
 
-def replace_folder(finished: Path, folder: Path) -> None:
-    """Put a finished folder in the place of `folder`, which is there until the new one can be: both are on one disk.
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a path beside `folder` to write a new one at, which then takes its place; all or nothing.
 
-    A process that is killed between leaves no half of either, so the next one may replace it.
+    The old one is there until the new one can be. A process that is killed leaves no half of either in that place.
 
     Raises:
-        OSError: no permission, another disk, ...
+        InputError: it cannot be written, or the disk is full; what was there stays.
     """
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+    unfinished, old = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        finished.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        yield unfinished
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_json(path: Path, expected: str) -> dict:

@@ -366,13 +366,11 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     metadata = read_header(arguments.out).metadata
     if (shift := trained_shift(metadata, arguments.out)) not in (None, SHIFT):
-        said = f"shift {shift}: put ModelSamplingSD3 with it behind Load Diffusion Model"
-        sys.stderr.write(f"trained with {said}; UniPic2 Loader does so by itself\n")
+        remedy = "put ModelSamplingSD3 with it behind Load Diffusion Model; UniPic2 Loader does so by itself"
+        sys.stderr.write(f"trained with shift {shift}: {remedy}\n")
     if DYNAMIC_SHIFT_KEY in metadata:
-        said = (
-            f"{metadata[DYNAMIC_SHIFT_KEY]} by the picture's size: put ModelSamplingFlux with them behind the loader"
-        )
-        sys.stderr.write(f"trained with {said}\n")
+        remedy = "put ModelSamplingFlux with them behind the loader"
+        sys.stderr.write(f"trained with {metadata[DYNAMIC_SHIFT_KEY]} by the picture's size: {remedy}\n")
     sys.stdout.write(f"{arguments.out}\n")
     return 0
 

@@ -6,7 +6,6 @@ A trainer adds its own batches (`collate`, `get_train_dataloader`) and its own l
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..core.checkpoint import cast_file, read_header, save_tensors, shift_of_scheduler
 from ..core.errors import InputError
-from ..core.files import cannot_write, check_replaceable, replace_folder, write_file
+from ..core.files import cannot_write, check_replaceable, replaced_folder, write_file
 from ..core.flow import BASE_TOKENS, MAX_TOKENS, NUM_TRAIN_TIMESTEPS, resolution_shift
 from .adapters import prepare, save_lora
 from .ema import EMA_FILE, EMACallback
@@ -539,17 +538,13 @@ class KontextTrainer(Trainer):
     def _replace(self, folder: Path, card: str | None) -> None:
         """Write the export beside `folder`, then put it in its place."""
         check_replaceable(folder)
-        unfinished, dtype = folder.with_name(f".{folder.name}.unfinished"), getattr(torch, self.args.export_dtype)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            self._write_export(unfinished, dtype)
+        with replaced_folder(folder) as unfinished:
+            try:
+                self._write_export(unfinished, getattr(torch, self.args.export_dtype))
+            except SafetensorError as error:
+                raise cannot_write(folder, error) from error
             if card is not None:
                 write_file(unfinished / "README.md", card)
-            replace_folder(unfinished, folder)
-        except (OSError, SafetensorError) as error:
-            raise cannot_write(folder, error) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
     def settings(self) -> dict:
         """Return names and values of all settings of the run, those of `run_settings` among them."""

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from ..core.errors import InputError
-from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, cannot_write, check_replaceable, replace_folder
+from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable, replaced_folder
 
 _KEY = "stages"
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
@@ -136,15 +136,8 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
             run(script_args, args)
         after(number, last)
     if parsed[-1][1].process_index == 0:
-        unfinished = export.with_name(".export.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        with replaced_folder(export) as unfinished:
             shutil.copytree(last, unfinished, copy_function=_linked)
-            replace_folder(unfinished, export)
-        except OSError as error:
-            raise cannot_write(export, error) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return export
 
 

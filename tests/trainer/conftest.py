@@ -1,6 +1,8 @@
 """Small real models: a micro pipeline whose every weight matters, and an even smaller one to train."""
 
 import copy
+import io
+import tarfile
 
 import datasets
 import numpy as np
@@ -38,6 +40,16 @@ SMALL = {
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }
+
+
+def write_tar(path, members):
+    """Write a tar of `(name, content)`; returns its path as text."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return str(path)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 
 import datasets
 import numpy as np
@@ -17,6 +16,8 @@ from unipic2.trainer.data.pairs import PairDataset
 from unipic2.trainer.data.prompts import PromptDataset
 from unipic2.trainer.data.sources import BrokenRow, find_columns, open_source, read_pair
 from unipic2.trainer.data.stream import open_stream
+
+from .conftest import write_tar
 
 
 def picture(seed: int, size=(96, 64)) -> Image.Image:
@@ -67,13 +68,8 @@ def parquet(folder):
 
 
 def webdataset(folder):
-    with tarfile.open(folder / "pictures.tar", "w") as tar:
-        for i in range(3):
-            for suffix, content in (("png", png(10 + i)), ("txt", f"edit {i}".encode())):
-                entry = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    return str(folder / "pictures.tar")
+    samples = [((f"{i:04d}.png", png(10 + i)), (f"{i:04d}.txt", f"edit {i}".encode())) for i in range(3)]
+    return write_tar(folder / "pictures.tar", [member for sample in samples for member in sample])
 
 
 def imagefolder(folder):
@@ -360,14 +356,12 @@ def test_edits_in_a_folder_of_pictures(tmp_path):
 
 @pytest.mark.parametrize("opened", ["whole", "streamed"])
 def test_edits_in_a_webdataset(opened, tmp_path):
-    with tarfile.open(tmp_path / "edits.tar", "w") as tar:
-        for i in range(3):
-            text = json.dumps({"instruction": f"edit {i}", "score": 1}).encode()
-            parts = {"source_image.png": png(i), "target_image.png": png(10 + i), "json": text}
-            for suffix, content in parts.items():
-                entry = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+    members = []
+    for i in range(3):
+        text = json.dumps({"instruction": f"edit {i}", "score": 1}).encode()
+        parts = {"source_image.png": png(i), "target_image.png": png(10 + i), "json": text}
+        members += [(f"{i:04d}.{suffix}", content) for suffix, content in parts.items()]
+    write_tar(tmp_path / "edits.tar", members)
     if opened == "whole":
         source = open_source(str(tmp_path / "edits.tar"))
         rows = list(source.rows)
@@ -384,11 +378,7 @@ def test_edits_in_a_webdataset(opened, tmp_path):
 
 def test_what_a_tar_says_in_json_reaches_rewards(tmp_path):
     text = json.dumps({"prompt": "make it red", "requirement": "the car", "n": 2}).encode()
-    with tarfile.open(tmp_path / "rows.tar", "w") as tar:
-        for suffix, content in (("source_image.png", png(0)), ("json", text)):
-            entry = tarfile.TarInfo(f"0.{suffix}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    write_tar(tmp_path / "rows.tar", [("0.source_image.png", png(0)), ("0.json", text)])
     row = PromptDataset([open_source(str(tmp_path / "rows.tar"), needs_target=False)], aspect_buckets(64)).read(0)
     assert (row["prompt"], row["requirement"], row["n"]) == ("make it red", "the car", 2)
     assert row["source_image"].size == nearest_bucket(96, 64, aspect_buckets(64))

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import tarfile
 
 import datasets
 import numpy as np
@@ -18,6 +17,8 @@ from unipic2.trainer.data.buckets import aspect_buckets
 from unipic2.trainer.data.sources import open_source
 from unipic2.trainer.data.stream import StreamedPairs, open_stream
 from unipic2.trainer.pretrain import parse, pretrain
+
+from .conftest import write_tar
 
 TRANSFORMER = "transformer/diffusion_pytorch_model"
 FORMATS = ["jsonl", "parquet", "webdataset", "imagefolder"]
@@ -51,12 +52,8 @@ def write(folder, kind: str, count: int = 12, edits: bool = True):
         for name, part in (("a", rows[: count // 2]), ("b", rows[count // 2 :])):
             datasets.Dataset.from_list(part, features=features).to_parquet(folder / f"{name}.parquet")
     elif kind == "webdataset":
-        with tarfile.open(folder / "a.tar", "w") as tar:
-            for i in range(count):
-                for suffix, content in (("png", png(i)), ("txt", f"p{i}".encode())):
-                    entry = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
+        samples = [((f"{i:04d}.png", png(i)), (f"{i:04d}.txt", f"p{i}".encode())) for i in range(count)]
+        write_tar(folder / "a.tar", [member for sample in samples for member in sample])
     else:
         for i in range(count):
             (folder / f"{i:03d}.png").write_bytes(png(i))
@@ -255,14 +252,6 @@ def test_a_stream_sorted_by_task_says_what_it_wastes(tmp_path, capsys):
     assert "most rows are passed over; where its rows are sorted by task" in capsys.readouterr().err
 
 
-def members(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-
-
 def test_tars_of_which_some_have_edits(tmp_path):
     """The library would take the first tar's members for those of all, in each pass that of another tar."""
     (tmp_path / "data").mkdir()
@@ -274,7 +263,7 @@ def test_tars_of_which_some_have_edits(tmp_path):
                 (f"{name}{i}.json", json.dumps({"caption": f"{name}{i}"}).encode()),
             ]
             samples += [(f"{name}{i}.source_image.png", png(i))] if edits else []
-        members(tmp_path / f"data/{name}.tar", samples)
+        write_tar(tmp_path / f"data/{name}.tar", samples)
     pairs = pairs_of(tmp_path / "data", pool_size=30)
     drawn = [entry for block in blocks(sampler_of(pairs), 90) for entry, _ in block]
     assert pairs.counts.rows > 100 and not pairs.counts.broken, "some passes"

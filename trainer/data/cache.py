@@ -179,17 +179,17 @@ def build_cache(
     for module in encoders:
         module.eval().to(device)
     try:
-        _check_room(cache, dataset, pipeline, dtype, device)
-        _add_rows(cache, dataset, pipeline, dtype, device, batch_size)
-        _add_texts(cache, dataset, pipeline, dtype, device, batch_size)
+        rows, texts = _missing_rows(cache, dataset), _missing_texts(cache, dataset, pipeline)
+        _check_room(cache, dataset, rows, texts, pipeline, dtype, device)
+        _add_rows(cache, dataset, rows, pipeline, dtype, device, batch_size)
+        _add_texts(cache, texts, pipeline, dtype, device, batch_size)
     finally:
         for module in encoders:
             module.to("cpu")
 
 
-def _check_room(cache, dataset, pipeline, dtype, device) -> None:
+def _check_room(cache, dataset, rows, texts, pipeline, dtype, device) -> None:
     """Say how large the cache becomes, and refuse at once what the disk has no room for after hours."""
-    rows, texts = _missing_rows(cache, dataset), _missing_texts(cache, dataset, pipeline)
     size = pipeline.vae.config.latent_channels / pipeline.vae_scale_factor**2 * dtype.itemsize
     need = sum(size * math.prod(dataset.buckets[i]) * (2 if dataset.is_edit[i] else 1) for i in rows)
     if texts:
@@ -209,8 +209,8 @@ def _check_room(cache, dataset, pipeline, dtype, device) -> None:
         )
 
 
-def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
-    missing = sorted(_missing_rows(cache, dataset), key=lambda i: dataset.buckets[i])
+def _add_rows(cache, dataset, missing, pipeline, dtype, device, batch_size) -> None:
+    missing = sorted(missing, key=lambda i: dataset.buckets[i])
     progress = tqdm(total=len(missing), desc="encoding pictures", unit="row", disable=not missing)
     for rows in _chunks(missing, _ROWS):
         tensors: dict[str, torch.Tensor] = {}
@@ -243,8 +243,7 @@ def _add_rows(cache, dataset, pipeline, dtype, device, batch_size) -> None:
     progress.close()
 
 
-def _add_texts(cache, dataset, pipeline, dtype, device, batch_size) -> None:
-    missing = _missing_texts(cache, dataset, pipeline)
+def _add_texts(cache, missing, pipeline, dtype, device, batch_size) -> None:
     progress = tqdm(total=len(missing), desc="encoding texts", unit="text", disable=not missing)
     for texts in _chunks(missing, _TEXTS):
         tensors: dict[str, torch.Tensor] = {}

@@ -29,7 +29,7 @@ def features_of_tars(files: Sequence[Path]) -> datasets.Features:
     for file in files:
         try:
             with tarfile.open(file) as tar:
-                for name, content in _first_members(tar, max(_LEAST, _SAMPLES // len(files))):
+                for name, member in _first_members(tar, max(_LEAST, _SAMPLES // len(files))):
                     kind = name.rpartition(".")[2].lower()
                     if kind in WebDataset.IMAGE_EXTENSIONS:
                         found[name] = datasets.Image()
@@ -38,6 +38,7 @@ def features_of_tars(files: Sequence[Path]) -> datasets.Features:
                     elif kind in _NUMBERS:
                         found[name] = datasets.Value("int64")
                     elif kind in _JSON:
+                        content = tar.extractfile(member).read()
                         _add_values(found.setdefault(name, {}), content, f"{name} in {file}")
                 if not _ends_with_zeros(file):
                     tar.getmembers()  # walks to the end
@@ -54,8 +55,8 @@ def features_of_tars(files: Sequence[Path]) -> datasets.Features:
     return datasets.Features({name: feature for name, feature in found.items() if feature != {}})
 
 
-def _first_members(tar: tarfile.TarFile, count: int) -> Iterator[tuple[str, bytes]]:
-    """Yield name (all after the first dot) and content, of JSON alone, of the first `count` samples' members."""
+def _first_members(tar: tarfile.TarFile, count: int) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Yield the members of the first `count` samples, each with its name: all after the first dot."""
     samples: dict[str, None] = {}
     for member in tar:
         folder, _, base = member.name.rpartition("/")
@@ -65,7 +66,7 @@ def _first_members(tar: tarfile.TarFile, count: int) -> Iterator[tuple[str, byte
         samples[f"{folder}/{sample}"] = None
         if len(samples) > count:
             return
-        yield name, tar.extractfile(member).read() if name.lower().endswith(_JSON) else b""
+        yield name, member
 
 
 def _add_values(features: dict, content: bytes, where: str) -> None:

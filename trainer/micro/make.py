@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 
 from ...core.checkpoint import cast_file
 from ...core.errors import InputError
-from ...core.files import check_replaceable, replace_folder, write_file
+from ...core.files import check_replaceable, replaced_folder, write_file
 from ...core.micro import (
     GUIDANCE_SCALE,
     NUM_INFERENCE_STEPS,
@@ -180,11 +180,9 @@ def _assemble(export: Path, decoder: Path, model: Path, dtype: torch.dtype) -> N
 
 def publish(export: Path, out: Path, text: str) -> None:
     """Put a finished model with its card in the place of `out`, as a whole."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(export, unfinished)
-    write_file(unfinished / "README.md", text)
-    replace_folder(unfinished, out)
+    with replaced_folder(out) as unfinished:
+        shutil.copytree(export, unfinished)
+        write_file(unfinished / "README.md", text)
 
 
 def card(command: str, minutes: dict, steps: dict, results: dict) -> str:
