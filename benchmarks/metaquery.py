@@ -161,8 +161,8 @@ def main() -> None:
                     values.append(rate(Path(name), shape, data, way, arguments.steps, size))
         medians = {way: statistics.median(values) for way, values in rates.items()}
         for way, value in medians.items():
-            ratio = value / medians["plain"]
-            print(f"{task:8s} {way:14s} {value:8.2f} samples/s, {ratio:.2f} times as fast as plain", flush=True)
+            ratios = [f"{value / medians[other]:.2f} times {other}" for other in ("plain", "prefixes")]
+            print(f"{task:8s} {way:14s} {value:8.2f} samples/s, {', '.join(ratios)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -299,12 +299,17 @@ def cast_file(path: str | Path, dtype: torch.dtype, metadata: dict[str, str] | N
 
 
 def export_single_file(
-    folder: str | Path, path: str | Path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+    folder: str | Path,
+    path: str | Path,
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Merge `folder/transformer` (published layout, sharded or not) into one file that ComfyUI's UNETLoader reads.
 
     Keys stay diffusers' own, which ComfyUI converts on loading. The file records its source format, and what the
-    trainer wrote into the folder's. Floating-point tensors are cast to `dtype`; None keeps their own.
+    trainer wrote into the folder's. Floating-point tensors are cast to `dtype`; None keeps their own. `weights` of the
+    same names take the place of the folder's.
 
     Raises:
         InputError: the folder holds no SD3 transformer, or the file cannot be written.
@@ -312,11 +317,15 @@ def export_single_file(
     part = Path(folder) / "transformer"
     tensors = read_component(part)
     transformer_config({k: tuple(t.shape) for k, t in tensors.items()})
+    if weights is not None:
+        tensors = {k: weights[k].to(t.dtype) for k, t in tensors.items()}
     kept = {k: v for k, v in read_header(component_files(part)[0]).metadata.items() if k.startswith(_OURS)}
     scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():  # it may be newer than the weights, of which a part was not trained again
         kept = {k: v for k, v in kept.items() if k not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
         kept |= shift_of_scheduler(read_json(scheduler, "a scheduler's settings"))
+    if {SHIFT_KEY, DYNAMIC_SHIFT_KEY} & (metadata or {}).keys():
+        kept = {k: v for k, v in kept.items() if k not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     save_tensors(tensors, path, {"format": "pt", **kept, "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})

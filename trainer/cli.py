@@ -78,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", required=True, help="pipeline folder, hub repository, or bundled weights: micro, ..."
     )
     export.add_argument("--out", type=Path, required=True, help=".safetensors file to write; replaces an older one")
+    export.add_argument(
+        "--lora", type=Path, default=None, help="LoRA to merge into it: an exported folder, or diffusers' file"
+    )
     export.add_argument("--dtype", default=None, help="float32, float16 or bfloat16 (default: as it is stored)")
 
     evaluate = commands.add_parser("eval", help="score a model").add_subparsers(dest="benchmark", required=True)
@@ -354,6 +357,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from ..core.micro import SHIFT
     from .kontext_config import EXPORT_DTYPES
     from .kontext_pipeline import StableDiffusion3KontextPipeline
+    from .loras import merged
 
     if arguments.dtype is not None:
         check_one_of("--dtype", arguments.dtype, EXPORT_DTYPES)
@@ -361,9 +365,9 @@ def _export(arguments: argparse.Namespace) -> int:
         raise InputError(f"--out {arguments.out}", found=f"suffix {arguments.out.suffix!r}", expected=".safetensors")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     others = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "conditioner"))
-    export_single_file(
-        StableDiffusion3KontextPipeline.find_folder(arguments.model, others), arguments.out, dtype=dtype
-    )
+    folder = StableDiffusion3KontextPipeline.find_folder(arguments.model, others)
+    weights, said = (None, None) if arguments.lora is None else merged(folder, arguments.lora)
+    export_single_file(folder, arguments.out, said, dtype, weights)
     metadata = read_header(arguments.out).metadata
     if (shift := trained_shift(metadata, arguments.out)) not in (None, SHIFT):
         remedy = "put ModelSamplingSD3 with it behind Load Diffusion Model; UniPic2 Loader does so by itself"

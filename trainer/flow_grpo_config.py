@@ -86,6 +86,13 @@ class FlowGRPOConfig(KontextConfig):
     )
     nft_beta: float = field(default=1.0, metadata={"help": "diffusion_nft: how far good and bad lie from the model."})
     awm_power: float = field(default=0.25, metadata={"help": "awm: power of its generalised Huber function."})
+    ema_beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "awm: weight of the squared distance of velocities to those of the averaged weights, which want a "
+            "low ema_decay. Its authors have 1, and for this an average of its own with a decay of 0.3."
+        },
+    )
     noise_weighting: bool = field(
         default=False, metadata={"help": "Weigh steps by their noise (TempFlow-GRPO) instead of alike."}
     )
@@ -117,9 +124,12 @@ class FlowGRPOConfig(KontextConfig):
             self.epsilon = EPSILONS[self.estimator]
         if self.sde_window_range is None:
             self.sde_window_range = [0, max(self.num_inference_steps // 2, self.sde_window_size)]
+        if self.ema_beta and (self.estimator != "awm" or not self.use_ema):
+            found = f"{self.ema_beta} with {f'estimator {self.estimator}' if self.use_ema else 'use_ema: false'}"
+            raise InputError("ema_beta", found=found, expected="0, or awm with use_ema")
         least = {"num_generations": 2, "num_iterations": 1, "steps_per_generation": 1, "num_inference_steps": 2,
                  "sde_window_size": 1, "beta": 0, "epsilon": 0, "guidance_scale": 1,
-                 "train_timesteps": 1}  # fmt: skip
+                 "train_timesteps": 1, "ema_beta": 0}  # fmt: skip
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise InputError(name, found=getattr(self, name), expected=f"at least {value}")

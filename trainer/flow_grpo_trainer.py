@@ -209,7 +209,7 @@ class FlowGRPOTrainer(KontextTrainer):
         model = self.trained_model().eval()
         parts, samples = [], [rows[i] for i in groups.tolist()]
         prompts, columns = [sample["prompt"] for sample in samples], columns_of(samples)
-        with Beside(self.reward_funcs, prompts, columns, args.num_generations, device) as beside:
+        with Beside(self.reward_funcs, prompts, columns, args.num_generations) as beside:
             for part in torch.arange(len(groups)).split(self._train_batch_size):
                 text = self._text(generation, part)
                 drawn = rollout(
@@ -226,12 +226,44 @@ class FlowGRPOTrainer(KontextTrainer):
             rewards, missing, groups, prompts, beside.images, columns["source_image"]
         ).to(device)
         order = torch.randperm(len(groups), generator=generator)
-        generation["batches"] = order.split(self._train_batch_size)
+        generation["batches"] = self._batches(order, generation["advantages"].cpu() != 0)
         if not self._on_policy:
-            batches = [self._batch(part, generation) for part in generation["batches"]]
-            old = torch.cat([self.learner.old(model, batch).cpu() for batch in batches], dim=1)
-            generation["kept"]["old"] = old[:, order.argsort()]
+            generation["kept"]["old"] = self._of_batches(self.learner.old, model, generation, len(groups))
+        if args.ema_beta:
+            with nullcontext() if args.old_policy == "average" else self.averaged_weights():
+                generation["kept"]["average"] = self._of_batches(self.learner.average, model, generation, len(groups))
         return generation
+
+    def _of_batches(self, function, model, generation: dict, count: int) -> torch.Tensor:
+        """Return what `function(model, batch)` says, (_, B, ...), of all samples (_, N, ...), 0 of those in no batch.
+
+        Batches are those of the loss: with others a GPU's last digits differ, and a first ratio would not be 1.
+        """
+        parts = generation["batches"]
+        values = torch.cat([function(model, self._batch(part, generation)).cpu() for part in parts], dim=1)
+        found = values.new_zeros(len(values), count, *values.shape[2:])
+        found[:, torch.cat(list(parts))] = values
+        return found
+
+    def _batches(self, order: torch.Tensor, teaches: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the samples of each of a generation's batches.
+
+        Those that teach nothing, such as a group of equal rewards, cost no pass where the loss of theirs is nothing,
+        too. Each batch has one at least, as processes go through their batches together.
+
+        Args:
+            order: (N,), all samples.
+            teaches: (N,) bool, by sample.
+        """
+        args, count = self.args, self.args.steps_per_generation
+        if args.estimator == "diffusion_nft" or args.beta or args.ema_beta or args.torch_compile:
+            return order.split(self._train_batch_size)
+        taught = teaches[order]
+        kept = int(taught.sum())
+        if kept < count:
+            order = order[taught.logical_not().long().argsort(stable=True)][:count]
+            return order.split(1)
+        return order[taught].tensor_split(count)
 
     def _text(self, generation: dict, part: torch.Tensor) -> dict:
         """Return the conditions of some samples."""
@@ -316,6 +348,7 @@ class FlowGRPOTrainer(KontextTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the estimator's loss of a batch, see `NoisySteps` and `Matching`."""
         loss = self.learner.loss(model, inputs)
+        loss = loss * (len(inputs["advantages"]) / self._train_batch_size)  # samples that were left out count as 0
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()

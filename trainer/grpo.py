@@ -108,6 +108,14 @@ def _check_tasks(is_edit: list[bool], args: FlowGRPOConfig) -> None:
             sys.stderr.write(f"no {task} in the data, so edit_ratio {args.edit_ratio} has no effect\n")
 
 
+def check_columns(rewards: list, rows) -> None:
+    """Raise InputError where a row of one's own data says what a reward cannot use: better now than in a night."""
+    if isinstance(rows, PromptDataset):
+        for reward in rewards:
+            for name in reward.columns if hasattr(reward, "check_column") else ():
+                reward.check_column(name, rows.values(name))
+
+
 def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool) -> FlowGRPOTrainer:
     """Return the trainer of a run, with its rows, rewards and previews."""
     peft_config = script_args.peft_config()
@@ -115,6 +123,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
     rows = load_rows(script_args.dataset_name, script_args, args, pipeline)
     _check_tasks(rows.is_edit, args)
     rewards = script_args.load_rewards(args.device)
+    check_columns(rewards, rows)
     identity = {
         "model_name_or_path": script_args.model_name_or_path,
         "vlm_name_or_path": script_args.vlm_name_or_path,

@@ -1,6 +1,5 @@
 """Held-out prompts and edits, drawn with the same noise each time a model is measured."""
 
-import asyncio
 import math
 import sys
 from collections import defaultdict
@@ -15,7 +14,11 @@ from ..core.errors import InputError
 from .data.prompts import PromptDataset
 from .micro.evaluate import evaluate
 from .micro.sheet import result_sheet
-from .rewards import RewardFunction, ask_all, columns_of
+from .micro.tasks import EditTask
+from .micro.world import render
+from .rewards import RewardFunction, columns_of
+from .rewards.beside import ask
+from .rewards.preservation import preservation
 from .sheets import Cell, contact_sheet, stack
 
 TASKS = ("t2i", "edit")
@@ -38,6 +41,8 @@ class Measurement:
     """(N,) float64: 1 where everything asked is there and nothing else, else 0; nan where it could not be judged."""
     soft: np.ndarray
     """(N,) float64: how much of it is there, 0 to 1, or the mean reward; nan where there was none."""
+    preserved: np.ndarray | None = None
+    """(N,) float64: how much of its source each edit left as it was, 0 to 1, see `preservation`; None for prompts."""
 
     def mean(self) -> float:
         """Return the strict accuracy of what could be judged, 0 to 1; nan where nothing could."""
@@ -47,18 +52,26 @@ class Measurement:
     def to_json(self) -> dict:
         """Return plain lists, with null for nan."""
         parts = {"strict": self.strict, "soft": self.soft}
+        if self.preserved is not None:
+            parts["preserved"] = self.preserved
         lists = {name: [None if math.isnan(v) else v for v in part.tolist()] for name, part in parts.items()}
         return {"kinds": self.kinds, **lists}
 
     @classmethod
     def from_json(cls, content: dict) -> "Measurement":
         """Return what `to_json` was called on."""
-        parts = (np.array(content[name], dtype=np.float64) for name in ("strict", "soft"))
-        return cls(content["kinds"], *parts)
+        names = [name for name in ("strict", "soft", "preserved") if name in content]
+        return cls(content["kinds"], **{name: np.array(content[name], dtype=np.float64) for name in names})
 
 
 HeldOut = Callable[..., tuple[dict[str, Measurement], Image.Image]]
 """`held_out(pipeline)` draws and judges; returns the measurement of each task and a sheet of the first pictures."""
+
+
+def _preserved(images: list[Image.Image], sources: list[Image.Image | None]) -> np.ndarray | None:
+    if None in sources:
+        return None
+    return np.array(preservation([""] * len(images), images, source_image=sources))
 
 
 def micro_held_out(count: int, seed: int, **sampling) -> HeldOut:
@@ -71,8 +84,9 @@ def micro_held_out(count: int, seed: int, **sampling) -> HeldOut:
                 [task.kind for task in tasks],
                 np.array([float(v.strict) for v in verdicts]),
                 np.array([v.soft for v in verdicts]),
+                _preserved(images, [render(t.source) if isinstance(t, EditTask) else None for t in tasks]),
             )
-            for name, (tasks, _, verdicts) in drawn.items()
+            for name, (tasks, images, verdicts) in drawn.items()
         }
         return found, result_sheet({name: [part[: _SHOWN[name]] for part in parts] for name, parts in drawn.items()})
 
@@ -83,7 +97,7 @@ def reward_held_out(
     rows: PromptDataset,
     rewards: list[RewardFunction],
     weights: list[float] | None,
-    strict_reward: float,
+    strict_rewards: dict[str, float],
     count: int,
     seed: int,
     without: int = 0,
@@ -92,7 +106,7 @@ def reward_held_out(
     is_optional: bool = False,
     **sampling,
 ) -> HeldOut:
-    """Return a measuring by rewards: soft is their weighted mean, strict that it is at least `strict_reward`.
+    """Return a measuring by rewards: soft is their weighted mean, strict that it is at least that of `strict_rewards`.
 
     Up to `count` rows of each task are taken, evenly spread over the data, but for those that another measuring of
     `without` rows takes, where there are enough others. A task that no reward is for is left out. A sample of which
@@ -118,7 +132,7 @@ def reward_held_out(
             samples = [rows[i] for i in indices]
             images = _draw(pipeline, samples, seed, batch_size, sampling)
             columns = columns_of(samples)
-            scores, missing = asyncio.run(ask_all(rewards, [s["prompt"] for s in samples], images, columns))
+            scores, missing = ask(rewards, [s["prompt"] for s in samples], images, columns)
             unanswered = missing.any(1).numpy()
             if unanswered.mean() > most_unanswered:
                 if is_optional:
@@ -136,8 +150,9 @@ def reward_held_out(
             soft[unanswered] = np.nan
             if np.isnan(soft).all():  # no reward is for this task
                 continue
-            strict = np.where(np.isnan(soft), np.nan, soft >= strict_reward)
-            found[task] = Measurement([str(s.get("kind") or s.get("tag") or "") for s in samples], strict, soft)
+            strict = np.where(np.isnan(soft), np.nan, soft >= strict_rewards[task])
+            kinds = [str(s.get("kind") or s.get("tag") or "") for s in samples]
+            found[task] = Measurement(kinds, strict, soft, _preserved(images, columns["source_image"]))
             sheets.append(_sheet(samples, images, strict, _SHOWN[task]))
         return found, stack(sheets) if sheets else Image.new("RGB", (1, 1), "white")
 

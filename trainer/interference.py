@@ -48,6 +48,14 @@ def has_fallen(before: np.ndarray, after: np.ndarray, max_drop: float) -> bool:
     return difference < -max_drop and high < 0
 
 
+def _difference(before: np.ndarray, after: np.ndarray) -> dict | None:
+    """Return `paired_difference` as figures of the matrix, None where nothing is known."""
+    difference, interval = paired_difference(before, after)
+    if math.isinf(interval[0]):
+        return None
+    return {"difference": round(difference, 4), "interval": [round(edge, 4) for edge in interval]}
+
+
 def _known_mean(values: np.ndarray) -> float | None:
     return round(float(known(values).mean()), 4) if len(known(values)) else None
 
@@ -61,10 +69,12 @@ def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict
 
     Returns:
         For each `strict`, `soft`, `n`, `interval` (of strict), `kinds` (strict of each) and, from the second stage on,
-        `change`: `difference` of strict to the stage before, its `interval`, `negative_transfer`.
+        `change`: `difference` of strict to the stage before, its `interval`, `negative_transfer`. For edits also
+        `preserved`, and from the second stage on `drift`: its `difference` to the start, and the `interval`.
     """
     found: dict[str, dict[str, dict]] = {}
     previous: dict[str, Measurement] = {}
+    first: dict[str, Measurement] = next(iter(measured.values()), {})
     for stage, tasks in measured.items():
         found[stage] = {}
         for task, now in tasks.items():
@@ -76,14 +86,14 @@ def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict
                 "interval": [round(edge, 4) for edge in share_interval(now.strict)],
                 "kinds": {kind: _known_mean(now.strict[places]) for kind, places in kinds.items()},
             }
-            if task in previous:
-                difference, interval = paired_difference(previous[task].strict, now.strict)
-                if math.isfinite(interval[0]):
-                    entry["change"] = {
-                        "difference": round(difference, 4),
-                        "interval": [round(edge, 4) for edge in interval],
-                        "negative_transfer": has_fallen(previous[task].strict, now.strict, max_drop),
-                    }
+            if task in previous and (change := _difference(previous[task].strict, now.strict)):
+                fell = has_fallen(previous[task].strict, now.strict, max_drop)
+                entry["change"] = {**change, "negative_transfer": fell}
+            if now.preserved is not None:
+                entry["preserved"] = _known_mean(now.preserved)
+                start = first[task].preserved if task in first and tasks is not first else None
+                if start is not None and (drift := _difference(start, now.preserved)):
+                    entry["drift"] = drift
             found[stage][task] = entry
         previous = tasks
     return found

@@ -47,8 +47,12 @@ class Matching:
         velocity, inputs = self._velocity(model, batch)
         return velocity if self.args.estimator == "diffusion_nft" else self._log_probs(batch, velocity)
 
+    def average(self, model, batch: dict) -> torch.Tensor:
+        """Return velocities (T, B, C, H, W) of the averaged weights, which `model` now has."""
+        return self._velocity(model, batch)[0]
+
     def loss(self, model, batch: dict) -> torch.Tensor:
-        """Return the mean loss of a batch's pictures at their noise levels, plus the weighted distance."""
+        """Return the mean loss of a batch's pictures at their noise levels, plus the weighted distances."""
         args, note = self.args, self.trainer.note
         velocity, inputs = self._velocity(model, batch)
         count, levels = len(velocity), batch["levels"].flatten()
@@ -70,6 +74,10 @@ class Matching:
             distance = velocity_distance(velocity.flatten(0, 1), reference).mean()
             loss = loss + args.beta * distance
             note({"kl": distance.item()})
+        if "average" in batch:
+            distance = velocity_distance(velocity.flatten(0, 1), batch["average"].flatten(0, 1)).mean()
+            loss = loss + args.ema_beta * distance
+            note({"ema_distance": distance.item()})
         return loss
 
     @staticmethod

@@ -8,7 +8,7 @@ import gc
 import html
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from ..core.files import COMFYUI_LORA, write_file
 from ..core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from .flow_grpo_config import FlowGRPOConfig
 from .gates import GATE_ACTIONS, GateCallback
-from .grpo import GRPOArguments, check_task, grpo, load_rows
+from .grpo import GRPOArguments, check_columns, check_task, grpo, load_rows
 from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_out
 from .interference import INTERFERENCE_FILE, figure_text, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
-from .rewards.registry import JUDGES
+from .rewards.registry import JUDGES, RewardArguments
 from .script import MICRO, finish, load_pipeline, parse_settings, stages_card
 from .sheets import save_sheet
 from .stages import parse_stages, run_stages
@@ -35,8 +35,10 @@ _GATE_STREAM = 1_000_003  # added to eval_seed: what takes part in training is n
 _MOST_UNANSWERED = 0.5  # share of a task's samples; above it the judge is down
 _COLORS = {"t2i": "#1f6feb", "edit": "#d1242f"}
 _MEASURING = (
-    "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "strict_reward",
+    "eval_dataset_name", "eval_n", "eval_seed", "eval_inference_steps", "eval_guidance_scale", "eval_reward_funcs",
+    "eval_reward_weights", "eval_judge_base_url", "eval_judge_model", "strict_reward", "edit_strict_reward",
 )  # fmt: skip
+_PATIENCE = ("judge_timeout", "judge_max_retries", "judge_concurrency")  # of a judge; its answers are the same
 _OF_THE_RUN = (*_MEASURING, "gate_n", "lora_r", "lora_alpha", "lora_target_modules")
 
 
@@ -56,8 +58,25 @@ class PDTRArguments(GRPOArguments):
     eval_guidance_scale: float = field(
         default=GUIDANCE_SCALE, metadata={"help": "Guidance of a measurement; rollouts have guidance_scale."}
     )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Own data: rewards that measure, by name; default those of all stages. Others than are trained on "
+            "find out a model that has learned to please them."
+        },
+    )
+    eval_reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each of eval_reward_funcs; default 1."}
+    )
+    eval_judge_base_url: str | None = field(
+        default=None, metadata={"help": "Endpoint of the judge that measures; default judge_base_url."}
+    )
+    eval_judge_model: str | None = field(default=None, metadata={"help": "Its model; default judge_model."})
     strict_reward: float = field(
         default=1.0, metadata={"help": "Own data: the weighted mean reward from which a sample counts as right."}
+    )
+    edit_strict_reward: float | None = field(
+        default=None, metadata={"help": "The same for edits; default strict_reward."}
     )
     gate_steps: int = field(
         default=0, metadata={"help": "Optimizer steps between checks of both tasks within a stage; 0 is none."}
@@ -86,12 +105,35 @@ class PDTRArguments(GRPOArguments):
         check_one_of("gate_action", self.gate_action, GATE_ACTIONS)
         if self.eval_dataset_name is None and self.dataset_name != [MICRO]:
             raise InputError("eval_dataset_name", found="nothing", expected="held-out prompts and edits to measure on")
+        if self.eval_dataset_name is None and self.eval_reward_funcs is not None:
+            expected = "none: the verifier of the micro world measures"
+            raise InputError("eval_reward_funcs", found=", ".join(self.eval_reward_funcs), expected=expected)
+        if isinstance(self.eval_reward_weights, float | int):  # a YAML file may hold one number
+            self.eval_reward_weights = [self.eval_reward_weights]
+        weights = len(self.eval_reward_weights or ())
+        if self.eval_reward_weights is not None and weights != len(self.eval_reward_funcs or ()):
+            found = f"{weights} for {len(self.eval_reward_funcs or ())} rewards"
+            raise InputError("eval_reward_weights", found=found, expected="one number for each of eval_reward_funcs")
+
+    def measuring(self, names: list[str]) -> RewardArguments:
+        """Return settings with other rewards, to measure with, and their judge."""
+        settings = {own.name: getattr(self, own.name) for own in fields(RewardArguments)}
+        judge = {
+            "judge_base_url": self.eval_judge_base_url or self.judge_base_url,
+            "judge_model": self.eval_judge_model or self.judge_model,
+        }
+        return RewardArguments(**{**settings, **judge, "reward_funcs": names})
 
 
 def parse(argv: list[str]) -> tuple[PDTRArguments, FlowGRPOConfig]:
     """Read `--config FILE` and flags; flags win. Raises InputError, see `parse_settings`."""
     script_args, args = parse_settings(argv, PDTRArguments, FlowGRPOConfig, "pdtr")
     check_task(script_args, args)
+    if script_args.eval_reward_funcs is not None:
+        try:
+            script_args.measuring(script_args.eval_reward_funcs).check_rewards()
+        except InputError as error:
+            raise InputError(f"eval_reward_funcs: {str(error).rstrip('.')}") from None
     if script_args.gate_steps and script_args.gate_action == "rollback" and "schedule_free" in args.optim.value:
         raise InputError(
             "gate_action", found=f"rollback with optim {args.optim.value}", expected="stop or warn for it"
@@ -113,8 +155,12 @@ def stage_name(number: int, args: FlowGRPOConfig) -> str:
 
 
 def _measured_rewards(stages: list[tuple[PDTRArguments, FlowGRPOConfig]]) -> dict[str, float]:
-    """Return the rewards of all stages with their weights: each measuring asks the same, whatever a stage trains."""
+    """Return the rewards of each measuring with their weights: without own ones those of all stages together."""
     found: dict[str, float] = {}
+    first = stages[0][0]
+    if first.eval_reward_funcs is not None:
+        weights = first.eval_reward_weights or [1.0] * len(first.eval_reward_funcs)
+        return dict(zip(first.eval_reward_funcs, weights, strict=True))
     for script_args, args in stages:
         weights = args.reward_weights or [1.0] * len(script_args.reward_funcs)
         for name, weight in zip(script_args.reward_funcs, weights, strict=True):
@@ -141,11 +187,14 @@ def _held_out(stages, pipeline, gate: bool, loaded: dict | None = None) -> HeldO
     loaded = {name: function for name, function in (loaded or {}).items() if name not in JUDGES}
     missing = [name for name in rewards if name not in loaded]
     if missing:  # a judge that is down for a while is waited for: figures of the others alone decide nothing
-        functions = replace(script_args, reward_funcs=missing).load_rewards(args.device, patient=True)
+        functions = script_args.measuring(missing).load_rewards(args.device, patient=True)
         loaded |= zip(missing, functions, strict=True)
     functions = [loaded[name] for name in rewards]
+    check_columns(functions, rows)
+    strict, of_edits = script_args.strict_reward, script_args.edit_strict_reward
     return reward_held_out(
-        rows, functions, list(rewards.values()), script_args.strict_reward, count, seed,
+        rows, functions, list(rewards.values()),
+        {"t2i": strict, "edit": strict if of_edits is None else of_edits}, count, seed,
         without=script_args.eval_n if gate else 0, most_unanswered=_MOST_UNANSWERED, is_optional=gate, **sampling,
     )  # fmt: skip
 
@@ -188,9 +237,13 @@ class _Progress:
         script_args = self.stages[0][0]
         weights = [file.stat() for file in sorted(folder.rglob("*.safetensors"))]
         settings = {name: getattr(script_args, name) for name in (*_MEASURING, "vlm_name_or_path")}
-        rewards = [] if script_args.eval_dataset_name is None else list(_measured_rewards(self.stages).items())
+        rewards, judging = [], {}
+        if script_args.eval_dataset_name is not None:
+            found = _measured_rewards(self.stages)
+            rewards, judging = list(found.items()), asdict(script_args.measuring(list(found)))
+            judging = {name: value for name, value in judging.items() if name not in _PATIENCE}
         files = [[stat.st_size, stat.st_mtime_ns] for stat in weights]
-        return json.loads(json.dumps({"weights": files, "rewards": rewards, **settings}))
+        return json.loads(json.dumps({"weights": files, "rewards": rewards, **settings, **judging}))
 
     def _measure(self, path: Path, folder: Path | str, identity: dict) -> None:
         script_args, args = self.stages[0]
@@ -225,16 +278,21 @@ class _Progress:
         return found
 
     def _write(self, last: int) -> None:
-        figures = matrix(self.measured(last), self.stages[0][0].gate_max_drop)
+        script_args = self.stages[0][0]
+        figures = matrix(self.measured(last), script_args.gate_max_drop)
         write_matrix(self.output_dir / INTERFERENCE_FILE, figures)
         for stage, tasks in figures.items():
+            drift = tasks.get("edit", {}).get("drift", {"difference": 0.0, "interval": [0.0, 0.0]})
+            if drift["difference"] < -script_args.gate_max_drop and drift["interval"][1] < 0:
+                less = f"{drift['difference']:+.3f} since the start"
+                sys.stderr.write(f"{stage}: edits leave less of their source as it was ({less})\n")
             for task, entry in tasks.items():
                 if entry.get("change", {}).get("negative_transfer"):
                     sys.stderr.write(f"negative transfer in {stage}: {task} {entry['change']['difference']:+.3f}\n")
         write_page(self.output_dir / "report.html", self.output_dir.resolve().name, self._parts(figures))
 
     def _parts(self, figures: dict) -> list[str]:
-        parts = ["<h2>Interference</h2>", matrix_table(figures), matrix_plot(figures)]
+        parts = ["<h2>Interference</h2>", matrix_table(figures), matrix_plot(figures), kinds_table(figures)]
         for number, (_, args) in enumerate(self.stages, start=1):
             folder = Path(args.output_dir)
             if not (folder / HISTORY_FILE).is_file():
@@ -255,7 +313,9 @@ class _Progress:
 
 def matrix_table(figures: dict[str, dict[str, dict]]) -> str:
     """Return the interference matrix as an HTML table: strict accuracy, its interval, and what the stage changed."""
-    rows = ["<tr><td>stage" + "".join(f"<td>{task}<td>change" for task in TASKS)]
+    keeps = any("preserved" in tasks.get("edit", {}) for tasks in figures.values())
+    head = "".join(f"<td>{task}<td>change" for task in TASKS)
+    rows = [f"<tr><td>stage{head}{'<td>kept' if keeps else ''}"]
     for stage, tasks in figures.items():
         cells = [f"<td>{html.escape(stage)}"]
         for task in TASKS:
@@ -266,14 +326,41 @@ def matrix_table(figures: dict[str, dict[str, dict]]) -> str:
             low, high = entry["interval"]
             cells.append(f"<td><b>{entry['strict']:.3f}</b> ({low:.3f} to {high:.3f}), n {entry['n']}")
             change = entry.get("change")
-            if change is None:
-                cells.append("<td>")
-                continue
-            low, high = change["interval"]
-            alarm = " <b>negative transfer</b>" if change["negative_transfer"] else ""
-            cells.append(f"<td>{change['difference']:+.3f} ({low:+.3f} to {high:+.3f}){alarm}")
+            alarm = " <b>negative transfer</b>" if change and change["negative_transfer"] else ""
+            cells.append(f"<td>{_difference_text(change)}{alarm}")
+        if keeps:
+            edit = tasks.get("edit", {})
+            share = edit.get("preserved")
+            cells.append(f"<td>{'' if share is None else f'{share:.3f} '}{_difference_text(edit.get('drift'))}")
         rows.append("<tr>" + "".join(cells))
-    return f"<table>{''.join(rows)}</table><p>Strict accuracy with intervals of 95 %; changes are paired.</p>"
+    notes = "Strict accuracy with intervals of 95 %; changes are paired."
+    if any("preserved" in tasks.get("edit", {}) for tasks in figures.values()):
+        notes += (
+            " Kept is how much of their sources edits leave as it was, pixel by pixel, with its change to the start."
+        )
+    return f"<table>{''.join(rows)}</table><p>{notes}</p>"
+
+
+def kinds_table(figures: dict[str, dict[str, dict]]) -> str:
+    """Return strict accuracy of each kind after each stage as an HTML table, "" where the data has no kinds."""
+    known = {
+        (task, kind): None for tasks in figures.values() for task in tasks for kind in tasks[task]["kinds"] if kind
+    }
+    if not known:
+        return ""
+    rows = ["<tr><td>kind" + "".join(f"<td>{html.escape(stage)}" for stage in figures)]
+    for task, kind in known:
+        shares = [tasks.get(task, {}).get("kinds", {}).get(kind) for tasks in figures.values()]
+        cells = "".join("<td>" if share is None else f"<td>{share:.3f}" for share in shares)
+        rows.append(f"<tr><td>{task}: {html.escape(kind)}{cells}")
+    return f"<h3>By kind</h3><table>{''.join(rows)}</table>"
+
+
+def _difference_text(change: dict | None) -> str:
+    if change is None:
+        return ""
+    low, high = change["interval"]
+    return f"{change['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def matrix_plot(figures: dict[str, dict[str, dict]]) -> str:
@@ -327,7 +414,12 @@ def main(argv: list[str]) -> int:
         parse(argv)  # what else is wrong, or --help, comes first
         expected = "a list, such as [{edit_ratio: 1.0, max_steps: 200}, {edit_ratio: 0.2, max_steps: 200}]"
         raise InputError("stages", found="none", expected=expected, remedy="`unipic2 train grpo` trains in one run.")
-    args = stages[-1][1]
+    first, args = stages[0][0], stages[-1][1]
+    if first.eval_dataset_name is not None and first.eval_reward_funcs is None and args.process_index == 0:
+        said = (
+            "measured by the rewards that are trained on; eval_reward_funcs names others, that a model has not learned"
+        )
+        sys.stderr.write(f"{said} to please\n")
     folder = pdtr(stages)
     finish(folder, args, _card(stages, folder.parent))
     return 0

@@ -116,7 +116,6 @@ def test_a_coroutine_that_fails_ends_the_run(make_trainer):
 
     with pytest.raises(InputError, match="reward broken: found KeyError: 'label'"):
         trained(make_trainer(reward=broken))
-    assert not [thread for thread in threading.enumerate() if thread.name == "rewards"]
 
 
 def test_a_reward_that_fails_ends_the_run(make_trainer):
@@ -279,6 +278,65 @@ def test_a_generation_without_differences_changes_nothing(make_trainer, capsys):
     assert "is 1 for all of 6 samples" in capsys.readouterr().err
 
 
+def first_group_is_equal(prompts, images, **columns):
+    values = redness(prompts, images)
+    return [0.5 if i % 6 < 3 else value for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"estimator": "awm"}, {"guidance_scale": 2.0}], ids=str)
+def test_samples_that_teach_nothing_cost_no_pass(make_trainer, monkeypatch, settings):
+    """And the update is that of all samples."""
+    settings = {
+        "steps_per_generation": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "edit_ratio": 1.0, **settings
+    }  # fmt: skip
+    short = trained(make_trainer("short", reward=first_group_is_equal, **settings))
+    assert [len(part) for part in short._generation["batches"]] == [3, 3]
+    assert logged(short, "frac_reward_zero_std") == [0.5]
+    monkeypatch.setattr(FlowGRPOTrainer, "_batches", lambda self, order, teaches: order.split(6))
+    whole = trained(make_trainer("whole", reward=first_group_is_equal, **settings))
+    start, one, two = weights(make_trainer("start")), weights(short), weights(whole)
+    assert max((one[n] - start[n]).abs().max() for n in one) > 5e-4
+    apart = sum((one[n] - two[n]).abs().sum() for n in one)
+    assert apart < 0.01 * sum((one[n] - start[n]).abs().sum() for n in one)
+    assert logged(short, "loss")[0] == pytest.approx(logged(whole, "loss")[0], abs=1e-4)
+
+
+def test_old_probabilities_are_of_the_batches_of_the_loss(make_trainer):
+    """Also where samples were left out; with other batches a first ratio would not be 1 to the last digit."""
+    trainer = make_trainer(
+        reward=first_group_is_equal, steps_per_generation=2, num_iterations=2, max_steps=1, learning_rate=0.0
+    )
+    trained(trainer)
+    batches = trainer._generation["batches"]
+    assert [len(part) for part in batches] == [3, 3]
+    with torch.no_grad():
+        for part in batches:
+            again = trainer.learner.old(trainer.trained_model().eval(), trainer._batch(part))
+            assert torch.equal(again.cpu(), trainer._generation["kept"]["old"][:, part])
+    left_out = sorted(set(range(12)) - set(torch.cat(list(batches)).tolist()))
+    assert len(left_out) == 6 and not trainer._generation["kept"]["old"][:, left_out].any()
+
+
+def test_samples_that_the_loss_still_uses_are_kept(make_trainer):
+    """Those of a KL, and DiffusionNFT's, which draw to the old model."""
+    for settings in ({"beta": 0.1}, {"estimator": "diffusion_nft"}, {"estimator": "awm", "ema_beta": 1.0}):
+        trainer = trained(make_trainer(reward=first_group_is_equal, max_steps=1, **settings))
+        assert [len(part) for part in trainer._generation["batches"]] == [6], settings
+
+
+def test_awm_is_held_by_the_distance_to_its_average(make_trainer):
+    """The average of the weights as it is when a generation is drawn; at the start it is the model itself."""
+    settings = {"estimator": "awm", "max_steps": 6, "learning_rate": 3e-3, "ema_decay": 0.9}
+    free, held = (trained(make_trainer(str(w), ema_beta=w, **settings)) for w in (0.0, 1e3))
+    start = weights(make_trainer("start"))
+    distance = [sum((w[n] - start[n]).square().sum() for n in start) for w in (weights(free), weights(held))]
+    assert distance[1] < distance[0] and "average" not in free._generation["kept"]
+    assert logged(held, "ema_distance")[0] == 0 and logged(held, "ema_distance")[-1] > 0
+    batch = held._batch(torch.arange(6))
+    again = make_trainer("again", ema_beta=1.0, **settings)
+    assert again.learner.average(again.trained_model().eval(), batch).shape == batch["average"].shape
+
+
 def test_a_sheet_shows_different_prompts():
     order, prompts = [3, 2, 1, 0, 4, 5, 6, 7], ["a", "a", "a", "b", "c", "c", "d", "d"]
     assert _of_each_prompt(order, prompts) == [3, 2, 4, 6, 1, 0]
@@ -411,6 +469,8 @@ def test_a_stopped_run_equals_one_that_was_not(make_trainer, settings):
         ({"auto_find_batch_size": True}, "auto_find_batch_size: found true"),
         ({"guidance_scale": 0.5}, "guidance_scale: found 0.5"),
         ({"beta": -1.0}, "beta: found -1"),
+        ({"ema_beta": 1.0}, "ema_beta: found 1.0 with estimator flow_grpo"),
+        ({"ema_beta": 1.0, "estimator": "awm", "use_ema": False}, "ema_beta: found 1.0 with use_ema: false"),
     ],
 )
 def test_settings_that_cannot_be(make_trainer, settings, found):

@@ -112,6 +112,31 @@ def test_colours_are_those_of_the_object_alone():
     assert seen[0].getpixel((20, 20)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("clause", "said"),
+    [
+        ({"color": "grey"}, "found colour 'grey', expected one of red, orange"),
+        ({"position": ["beside", 0]}, "found position 'beside', expected one of left of, right of, above, below"),
+        ({"position": ["left of", 1]}, "found a position to itself, entry 1"),
+        ({"position": ["left of", 2]}, "found .*GenEval's form"),
+        ({"position": "left of"}, "found .*GenEval's form"),
+    ],
+)
+def test_what_would_never_hold_is_no_clause(clause, said):
+    with pytest.raises(InputError, match=f"include of a row: {said}"):
+        reward([], [{"class": "dog", "count": 1}, {"class": "cup", "count": 1, **clause}])
+
+
+def test_columns_are_looked_through_before_anything_is_drawn():
+    judge = GenEval(lambda images: [[]] * len(images), ColorClip())
+    judge.detector.classes = {"cup", "dog"}
+    good = json.dumps([{"class": "cup", "count": 1}])
+    judge.check_column("include", [("row 0 of a.jsonl", good), ("row 1 of a.jsonl", "")])
+    for bad, said in (("[{", "GenEval's form"), (good.replace("cup", "cap"), "'cap', .*Did you mean cup")):
+        with pytest.raises(InputError, match=f"include of row 1 of a.jsonl: found .*{said}"):
+            judge.check_column("include", [("row 0 of a.jsonl", good), ("row 1 of a.jsonl", bad)])
+
+
 def test_rows_without_a_question_and_rows_as_text():
     judge = GenEval(lambda images: [[thing("cup")]] * len(images), ColorClip())
     include = [None, json.dumps([{"class": "cup", "count": 1}]), [{"class": "dog", "count": 1}], ""]

@@ -126,7 +126,7 @@ def test_the_score_is_the_mean_over_kinds_not_over_pictures(prompts, tmp_path):
 def test_classes_that_the_detector_does_not_know_are_refused(prompts):
     detector = lambda images: [[] for _ in images]  # noqa: E731
     scorer = GenEval(detector, None)
-    scorer.check_classes(["cup"])
+    scorer.check_classes(["cup"], "include of a row")
     detector.classes = {"cup", "cat"}
     benchmark = geneval_benchmark(read_prompts(prompts), lambda: scorer, 0, (8, 8), samples=1)
     with pytest.raises(InputError, match="found 'dog'"):

@@ -65,6 +65,9 @@ class Rows(list):
     is_edit = [False] * 4
 
 
+STRICT = {"t2i": 0.9, "edit": 0.5}
+
+
 @pytest.mark.parametrize("unanswered", [[1], [0, 1, 2, 3]])
 def test_what_a_reward_could_not_say_is_not_said_by_the_others(unanswered):
     rows = Rows({"prompt": f"p{i}", "size": (64, 64), "place": i} for i in range(4))
@@ -79,16 +82,39 @@ def test_what_a_reward_could_not_say_is_not_said_by_the_others(unanswered):
         return [None] * len(prompts)
 
     rewards = [judge, kept, for_edits]
-    found, _ = reward_held_out(rows, rewards, None, 0.9, 4, 0)(Painter())
+    found, _ = reward_held_out(rows, rewards, None, STRICT, 4, 0)(Painter())
     if len(unanswered) == 4:
         assert not found
     else:
         assert np.isnan(found["t2i"].soft).tolist() == [False, True, False, False]
         assert found["t2i"].mean() == 0 and found["t2i"].soft[0] == pytest.approx(0.8)
     with pytest.raises(InputError, match=f"measuring t2i: found {len(unanswered)} of 4 samples.*share of 0.2"):
-        reward_held_out(rows, rewards, None, 0.9, 4, 0, most_unanswered=0.2)(Painter())
-    found, _ = reward_held_out(rows, rewards, None, 0.9, 4, 0, most_unanswered=0.2, is_optional=True)(Painter())
+        reward_held_out(rows, rewards, None, STRICT, 4, 0, most_unanswered=0.2)(Painter())
+    found, _ = reward_held_out(rows, rewards, None, STRICT, 4, 0, most_unanswered=0.2, is_optional=True)(Painter())
     assert not found
+
+
+def test_edits_have_a_bar_of_their_own_and_what_they_kept():
+    rows = Rows(
+        {"prompt": "p", "size": (64, 64), "source_image": Image.new("RGB", (64, 64), c)} for c in ("gray", "red")
+    )
+    rows += [{"prompt": "p", "size": (64, 64)}] * 2
+    rows.is_edit = [True, True, False, False]
+    found, _ = reward_held_out(rows, [lambda prompts, images, **columns: [0.6] * 2], None, STRICT, 4, 0)(Painter())
+    assert found["t2i"].mean() == 0 and found["edit"].mean() == 1
+    assert found["t2i"].preserved is None and found["edit"].preserved.tolist() == [1, 0]
+
+
+def test_the_matrix_says_how_much_less_of_the_source_is_kept():
+    rng = np.random.default_rng(0)
+    first = rng.random(100)
+    start, later = (Measurement(["a"] * 100, np.ones(100), np.ones(100), kept) for kept in (first, first - 0.25))
+    found = matrix({"start": {"edit": start}, "1-edit": {"edit": start}, "2-t2i": {"edit": later}}, 0.02)
+    assert "drift" not in found["start"]["edit"] and found["1-edit"]["edit"]["drift"]["difference"] == 0
+    assert found["2-t2i"]["edit"]["drift"] == {"difference": -0.25, "interval": [-0.25, -0.25]}
+    assert found["2-t2i"]["edit"]["preserved"] == pytest.approx(first.mean() - 0.25, abs=1e-3)
+    again = Measurement.from_json(json.loads(json.dumps(later.to_json())))
+    assert (again.preserved == later.preserved).all()
 
 
 def test_a_fall_counts_when_it_is_large_and_no_chance():

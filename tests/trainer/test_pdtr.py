@@ -54,6 +54,7 @@ def prompts_file(tmp_path):
 
 
 STAGES = [{"edit_ratio": 1.0}, {"edit_ratio": 0.25, "reward_funcs": ["micro_strict", "tone.redness"]}]
+OWN = {"dataset_name": "some.jsonl", "eval_dataset_name": "other.jsonl"}
 SMALL = {"eval_n": 6, "eval_inference_steps": 2, "gate_steps": 1, "gate_n": 2}
 
 
@@ -168,6 +169,30 @@ def test_a_run_goes_on_only_as_itself(config, tmp_path):
         main(["train", "grpo", *config(resume=True, estimator="awm", max_steps=4)])
 
 
+def test_rows_that_no_reward_can_use_are_said_at_once(config, tmp_path, monkeypatch):
+    class Judge:
+        columns = ("include",)
+
+        def __call__(self, prompts, images, **columns):
+            return [0.0] * len(prompts)
+
+        def check_column(self, name, values):
+            seen.append((name, list(values)))
+
+    seen = []
+    rows = [{"prompt": "a cup", "include": '[{"class": "cup"}]'}, {"prompt": "a dog", "include": None}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "judging.py").write_text("judge = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    import judging
+
+    judging.judge = Judge()
+    settings = {"dataset_name": str(tmp_path / "rows.jsonl"), "resolution": 64, "reward_funcs": "judging.judge"}
+    grpo.make_trainer(*grpo.parse(config(**settings, edit_ratio=0.0)), resumed=False)
+    ((name, values),) = seen
+    assert name == "include" and values == [(f"row 0 of {tmp_path / 'rows.jsonl'}", '[{"class": "cup"}]')]
+
+
 # pdtr
 
 
@@ -229,13 +254,29 @@ def test_a_lora_of_another_scale_is_not_taken(config, tmp_path):
             main(["train", "grpo", *config(**start | {"output_dir": str(tmp_path / "three")}, **other)])
 
 
-def test_pdtr_on_own_data_measures_by_rewards(config, tmp_path, prompts_file):
+def test_pdtr_on_own_data_measures_by_rewards(config, tmp_path, prompts_file, capfd):
     settings = {"dataset_name": str(prompts_file), "eval_dataset_name": str(prompts_file), "resolution": 64}
     settings |= {"reward_funcs": "preservation", "strict_reward": 0.2, "gate_action": "warn", "max_aspect": 2.5}
     assert main(["train", "pdtr", *config(stages=[{"edit_ratio": 1.0}], **settings, **SMALL)]) == 0
     found = json.loads((tmp_path / "run/interference.json").read_text())
     assert found["start"]["edit"]["n"] == 6 and 0 < found["start"]["edit"]["soft"] < 1
     assert found["start"]["edit"]["kinds"].keys() == {"recolor"} and "t2i" not in found["start"], "no reward is for it"
+    assert found["start"]["edit"]["preserved"] == found["start"]["edit"]["soft"] and "drift" in found["1-edit"]["edit"]
+    assert "eval_reward_funcs names others" in capfd.readouterr().err
+
+
+def test_pdtr_measures_by_rewards_that_it_does_not_train_on(config, tmp_path, prompts_file, tone, capfd):
+    settings = {"dataset_name": str(prompts_file), "eval_dataset_name": str(prompts_file), "resolution": 64}
+    settings |= {"reward_funcs": "preservation", "eval_reward_funcs": tone, "eval_reward_weights": 2.0}
+    settings |= {"strict_reward": -1.0, "edit_strict_reward": 1.0, "gate_action": "warn", "max_aspect": 2.5}
+    assert main(["train", "pdtr", *config(stages=[{"edit_ratio": 1.0}], **settings, **SMALL)]) == 0
+    found = json.loads((tmp_path / "run/interference.json").read_text())
+    for tasks in found.values():
+        assert tasks["t2i"]["strict"] == 1 and tasks["edit"]["strict"] == 0, "each by its own bar"
+        assert -1 <= tasks["t2i"]["soft"] <= 1 and tasks["edit"]["preserved"] != tasks["edit"]["soft"]
+    report = (tmp_path / "run/report.html").read_text()
+    assert "By kind" in report and "edit: recolor" in report and "<td>kept" in report
+    assert "eval_reward_funcs names others" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -248,6 +289,10 @@ def test_pdtr_on_own_data_measures_by_rewards(config, tmp_path, prompts_file):
         ({"stages": [{"gate_target": 85}]}, r"stages\[0\]: gate_target: found 85"),
         ({"stages": [{"lora_r": 8}]}, r"stages\[0\]: found lora_r"),
         ({"stages": STAGES, "dataset_name": "some.jsonl"}, "eval_dataset_name: found nothing"),
+        ({"stages": STAGES, "eval_reward_funcs": ["ocr"]}, "eval_reward_funcs: found ocr, expected none"),
+        ({"stages": STAGES, **OWN, "eval_reward_weights": [1.0]}, "eval_reward_weights: found 1 for 0 rewards"),
+        ({"stages": STAGES, **OWN, "eval_reward_funcs": "edit_judge"}, "judge_base_url: found nothing"),
+        ({"stages": STAGES, **OWN, "eval_reward_funcs": "ocrr"}, "eval_reward_funcs: reward_funcs: found 'ocrr'"),
     ],
 )
 def test_stages_that_cannot_be_meant(config, settings, said):

@@ -191,6 +191,24 @@ def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline
     expected = {"format": "pt", "unipic2.method": "flow matching", "unipic2.step": "4"}
     assert said.items() >= {**expected, "unipic2.lora_r": "2", "unipic2.lora_alpha": "32"}.items()
     assert {t.dtype for t in whole.values()} == {torch.float16}, "export_dtype is the LoRA's, too"
+    one = tmp_path / "merged.safetensors"
+    assert main(["export", "--model", str(model), "--lora", str(export), "--out", str(one)]) == 0
+    merged, base, layer = (
+        load_file(one),
+        load_file(model / "transformer/diffusion_pytorch_model.safetensors"),
+        "transformer_blocks.0.attn.to_q",
+    )
+    up, down = (whole[f"transformer.{layer}.lora_{part}.weight"].float() for part in "BA")
+    expected = base[f"{layer}.weight"].float() + 32 / 2 * up @ down
+    assert merged.keys() == base.keys() and merged[f"{layer}.weight"].dtype == base[f"{layer}.weight"].dtype
+    torch.testing.assert_close(merged[f"{layer}.weight"].float(), expected, atol=2e-3, rtol=1e-2)
+    changed = {key for key in base if not torch.equal(merged[key], base[key])}
+    assert changed and all(".attn" in key or ".ff" in key for key in changed)
+    assert read_header(one).metadata["unipic2.method"] == "flow matching"
+    with pytest.raises(InputError, match="--lora .*nothing.safetensors: found no such file"):
+        main(["export", "--model", str(model), "--lora", str(tmp_path / "nothing.safetensors"), "--out", str(one)])
+    with pytest.raises(InputError, match="--lora .*comfyui_lora.safetensors: found Invalid LoRA"):
+        main(["export", "--model", str(model), "--lora", str(export / "comfyui_lora.safetensors"), "--out", str(one)])
     saved = load_file(tmp_path / "run/checkpoint-4/model.safetensors")
     assert saved and all("lora_" in key for key in saved)
     for name in ("checkpoint-4", "export"):

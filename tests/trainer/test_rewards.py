@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from unipic2.core.errors import InputError
 from unipic2.trainer.micro.tasks import sample_edit, sample_t2i
 from unipic2.trainer.micro.world import render
-from unipic2.trainer.rewards import ask_all, columns_of, looked_through
+from unipic2.trainer.rewards import beside, columns_of, looked_through
 from unipic2.trainer.rewards.aesthetic import AestheticScore
 from unipic2.trainer.rewards.digit_judge import EditDigitJudge
 from unipic2.trainer.rewards.judge import EditJudge
@@ -31,7 +32,7 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 def ask(functions, count=2, **columns):
-    return looked_through(functions, *asyncio.run(ask_all(functions, ["p"] * count, [PICTURE] * count, columns)))
+    return looked_through(functions, *beside.ask(functions, ["p"] * count, [PICTURE] * count, columns))
 
 
 def unknown(values):
@@ -49,6 +50,82 @@ def test_plain_functions_and_coroutines_side_by_side():
     found = ask([lambda prompts, images, **columns: [1, 2.5], slow], size=[1, 3])
     torch.testing.assert_close(found.rewards, torch.tensor([[1, float("nan")], [2.5, 1.5]]).double(), equal_nan=True)
     assert found.warnings == ()
+
+
+def test_a_plain_function_may_run_a_loop_of_its_own():
+    async def answer():
+        return 0.5
+
+    found = ask([lambda prompts, images, **columns: [asyncio.run(answer()), 1.0]])
+    assert found.rewards.tolist() == [[0.5], [1.0]]
+
+
+def test_a_plain_function_may_return_what_is_awaited():
+    async def slow(prompts, images, **columns):
+        return [1.0, 0.0]
+
+    assert ask([lambda *args, **columns: slow(*args, **columns)]).rewards.tolist() == [[1.0], [0.0]]
+
+
+def test_what_a_coroutine_keeps_can_be_used_again():
+    """Such as a client with open connections, which belong to the loop that they were made on."""
+    kept = []
+
+    async def client(queue):
+        while True:
+            future, value = await queue.get()
+            future.set_result(value)
+
+    async def reward(prompts, images, **columns):
+        loop = asyncio.get_running_loop()
+        if not kept:
+            kept.append(asyncio.Queue())
+            kept.append(loop.create_task(client(kept[0])))
+        future = loop.create_future()
+        await kept[0].put((future, 0.25))
+        return [await asyncio.wait_for(future, 5)] * len(prompts)
+
+    for _ in range(3):
+        assert ask([reward]).rewards.tolist() == [[0.25], [0.25]]
+
+
+def test_what_is_under_way_ends_with_the_generation():
+    ended = []
+
+    begun = threading.Semaphore(0)
+
+    async def endless(prompts, images, **columns):
+        begun.release()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(len(prompts))
+
+    with pytest.raises(KeyboardInterrupt), beside.Beside([endless], ["p"] * 4, {}, 2) as rewards:
+        rewards.drawn([PICTURE] * 2)
+        rewards.drawn([PICTURE] * 2)
+        assert begun.acquire(timeout=5) and begun.acquire(timeout=5)
+        raise KeyboardInterrupt
+    assert ended == [2, 2]
+
+
+def test_where_one_fails_the_others_go_no_further():
+    ended, begun = [], asyncio.Event()
+
+    async def endless(prompts, images, **columns):
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(len(prompts))
+
+    async def failing(prompts, images, **columns):
+        await begun.wait()
+        raise KeyError("label")
+
+    with pytest.raises(InputError, match="reward failing: found KeyError"):
+        ask([endless, failing])
+    assert ended == [2]
 
 
 def test_a_reward_that_never_changes_is_told():
@@ -73,7 +150,7 @@ def test_what_is_unknown_is_not_what_does_not_apply():
     def reward(prompts, images, **columns):
         return [1.0, None, math.nan]
 
-    rewards, missing = asyncio.run(ask_all([reward], ["p"] * 3, [PICTURE] * 3, {}))
+    rewards, missing = beside.ask([reward], ["p"] * 3, [PICTURE] * 3, {})
     assert rewards[0] == 1 and rewards[1:].isnan().all() and missing.tolist() == [[False], [False], [True]]
 
 
@@ -151,7 +228,7 @@ def test_text_to_image_is_not_asked_about(server):
 )
 def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer, reason):
     server.behave = lambda number, request: answer
-    values, judge = judged(server, max_retries=1, timeout=0.3)
+    values, judge = judged(server, max_retries=1, timeout=0.3 if reason == "timeout" else 10.0)
     assert unknown(values) and len(server.requests) == 4, "two questions, each asked twice"
     ((found, count),) = judge.endpoint.failures.items()
     assert found.startswith(reason) and count == 2
@@ -295,6 +372,37 @@ def test_prompts_in_files_and_settings_that_cannot_be(tmp_path):
         EditJudge("http://x", "m", success_prompt=tmp_path / "none.txt")
     with pytest.raises(InputError, match="judge concurrency: found 0"):
         EditJudge("http://x", "m", concurrency=0)
+
+
+def test_a_judge_as_settings_describe_it(server, tmp_path):
+    """One on a scale of its own, such as EditScore's, with questions of one's own."""
+    (tmp_path / "done.txt").write_text("Was it done, 0 to {highest}? {instruction}")
+    server.behave = lambda number, request: good(16, 25)
+    arguments = RewardArguments(
+        reward_funcs=["edit_judge"], judge_base_url=server.url, judge_model="EditScore", judge_highest=25,
+        judge_success_prompt=str(tmp_path / "done.txt"), judge_concurrency=1, judge_timeout=2.0, judge_max_retries=0,
+    )  # fmt: skip
+    (judge,) = arguments.load_rewards(torch.device("cpu"))
+    values, _ = beside.ask([judge], ["make it red"] * 2, [PICTURE] * 2, {"source_image": [PICTURE] * 2})
+    assert values.flatten().tolist() == [pytest.approx(16 / 25)] * 2 and server.most_at_a_time == 1
+    texts = {request["messages"][0]["content"][-1]["text"] for request in server.requests}
+    assert "Was it done, 0 to 25? make it red" in texts
+    assert any("25 if there are none" in text and "{" not in text.split("such as")[0] for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"judge_highest": 0}, "judge highest: found 0"),
+        ({"judge_timeout": 0.0}, "judge timeout: found 0"),
+        ({"judge_concurrency": 0}, "judge concurrency: found 0"),
+        ({"judge_quality_prompt": "none.txt"}, "judge prompt none.txt: found No such file"),
+    ],
+)
+def test_a_judge_that_cannot_be_is_said_before_anything_is_loaded(settings, said):
+    arguments = RewardArguments(reward_funcs=["edit_judge"], judge_base_url="http://x", judge_model="m", **settings)
+    with pytest.raises(InputError, match=said):
+        arguments.check_rewards()
 
 
 # Preservation

@@ -1,5 +1,7 @@
 """Rows for reinforcement learning from one's own data: prompts, and for edits the pictures they start from."""
 
+from collections.abc import Iterator
+
 from PIL import Image, ImageOps
 
 from .pairs import PairDataset
@@ -28,3 +30,15 @@ class PromptDataset(PairDataset):
         if pair.source is None:
             return found
         return {**found, "source_image": ImageOps.fit(pair.source, size, Image.Resampling.BICUBIC)}
+
+    def values(self, name: str) -> Iterator[tuple[str, object]]:
+        """Yield what a column says of each whole row that has it, after its name, such as `row 3 of edits.jsonl`."""
+        for number, source in enumerate(self.sources):
+            rows, prompt = source.rows, source.columns.prompt
+            inside = name not in rows.column_names  # the .json of a webdataset
+            if inside and not isinstance(rows.features[prompt], dict):
+                continue
+            for row, value in enumerate(rows[prompt if inside else name]):
+                found = value.get(name) if inside and value is not None else value
+                if found is not None and (number, row) not in self.broken:
+                    yield f"row {row} of {source.name}", found

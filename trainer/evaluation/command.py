@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError
 
 from ...core.errors import InputError
 from ...core.files import PIPELINE_INDEX, write_file
 from ...core.micro import BUNDLED_MODELS, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, component_dir
-from ..adapters import LORA_WEIGHTS_FILE
 from ..kontext_pipeline import StableDiffusion3KontextPipeline
+from ..loras import add_lora
 from ..metaquery_pipeline import MetaQueryPipeline, load_transformer, vlm_folder
 from ..micro import HELD_OUT_COUNT, HELD_OUT_SEED
 from ..rewards.endpoint import Endpoint
@@ -81,22 +80,8 @@ def _open(arguments: Namespace, dtype: torch.dtype):
     if isinstance(pipeline, MetaQueryPipeline) and pipeline.vlm_name is not None:
         parts["text_encoder"] = vlm_folder(pipeline.loaded_from, pipeline.vlm_name)
     if arguments.lora is not None:
-        parts["lora"] = _add_lora(pipeline, arguments.lora)
+        parts["lora"] = add_lora(pipeline, arguments.lora)
     return pipeline, model_digest(parts)
-
-
-def _add_lora(pipeline, path: Path) -> Path:
-    """Put a LoRA on the transformer; returns its file."""
-    file = path / LORA_WEIGHTS_FILE if path.is_dir() else path
-    try:
-        pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True)
-        found = None if getattr(pipeline.transformer, "peft_config", None) else "nothing for this transformer"
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        found = " ".join(str(error).split())[:400] if file.is_file() else "no such file"
-    if found is not None:
-        expected = f"a folder that training exported, or its {LORA_WEIGHTS_FILE}"
-        raise InputError(f"--lora {file}", found=found, expected=expected)
-    return file
 
 
 def _chosen(arguments: Namespace, defaults: dict) -> dict:

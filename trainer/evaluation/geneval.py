@@ -116,7 +116,8 @@ def geneval_benchmark(
 
     def judge(items: Sequence[Item], images: Sequence[Image.Image]) -> list[Score]:
         judging = scorer()
-        judging.check_classes(c["class"] for item in items for c in [*item.data["include"], *item.data["exclude"]])
+        clauses = [c for item in items for c in [*item.data["include"], *item.data["exclude"]]]
+        judging.check_classes((clause["class"] for clause in clauses), "include or exclude of a prompt")
         scores = []
         for item, image, objects in zip(items, images, judging.detector(list(images)), strict=True):
             right, wrong = verdict(objects, item.data, lambda one, image=image: judging.color_of(image, one), exact)

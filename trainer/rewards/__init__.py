@@ -8,7 +8,7 @@ not answer. A function may be a coroutine; several are awaited together.
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,26 +46,44 @@ def name_of(function: RewardFunction) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-async def ask_all(
-    functions: Sequence[RewardFunction], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what all reward functions say of B samples.
+Asked = tuple[torch.Tensor, torch.Tensor]
+"""Rewards (B, R), float64, nan where there is none; and where one could not be found out (B, R), bool."""
 
-    Args:
-        functions: R reward functions.
-        prompts, images: B each.
-        columns: B values each.
 
-    Returns:
-        Rewards (B, R), float64, nan where there is none; and where one could not be found out (B, R), bool.
+def begin(
+    function: RewardFunction, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
+) -> list[float | None] | Awaitable[Sequence[float | None]]:
+    """Call a reward function on B samples; returns its values, or what they are awaited by.
+
+    Plain functions are called where no event loop runs, as they may run one of their own.
+
+    Raises:
+        InputError: it fails.
+    """
+    try:
+        found = function(prompts, images, **columns)
+        return found if inspect.isawaitable(found) else list(found)
+    except InputError:
+        raise
+    except Exception as error:  # it is the user's code
+        raise _failed(function, error) from error
+
+
+async def finish(functions: Sequence[RewardFunction], begun: list, count: int) -> Asked:
+    """Return what `begin` returned of R functions, once it is there, for `count` samples.
 
     Raises:
         InputError: a function that fails, or returns another number of values, infinity or no numbers.
     """
-    found = await asyncio.gather(*(_ask(function, prompts, images, columns) for function in functions))
+    tasks = [asyncio.ensure_future(_values(*each, count)) for each in zip(functions, begun, strict=True)]
+    try:
+        found = await asyncio.gather(*tasks)
+    finally:  # where one fails, the others go no further
+        for task in tasks:
+            task.cancel()
     values = [[math.nan if value is None else value for value in one] for one in found]
     missing = [[value is not None and math.isnan(value) for value in one] for one in found]
-    shape = len(functions), len(prompts)
+    shape = len(functions), count
     return (
         torch.tensor(values, dtype=torch.float64).reshape(shape).T,
         torch.tensor(missing, dtype=torch.bool).reshape(shape).T,
@@ -88,18 +106,21 @@ def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor, m
     return Scores(rewards, tuple(warnings))
 
 
-async def _ask(function: RewardFunction, prompts, images, columns) -> list[float | None]:
+def _failed(function: RewardFunction, error: Exception) -> InputError:
+    found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return InputError(f"reward {name_of(function)}", found=found, expected="a number or None for each sample")
+
+
+async def _values(function: RewardFunction, begun, count: int) -> list[float | None]:
     name = f"reward {name_of(function)}"
     try:
-        values = function(prompts, images, **columns)
-        values = list(await values if inspect.isawaitable(values) else values)
+        values = list(await begun) if inspect.isawaitable(begun) else begun
     except InputError:
         raise
     except Exception as error:  # it is the user's code, or a server's answer
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(name, found=found, expected="a number or None for each sample") from error
-    if len(values) != len(prompts):
-        raise InputError(name, found=f"{len(values)} values", expected=f"{len(prompts)}, one for each sample")
+        raise _failed(function, error) from error
+    if len(values) != count:
+        raise InputError(name, found=f"{len(values)} values", expected=f"{count}, one for each sample")
     numbers = []
     for value in values:
         try:

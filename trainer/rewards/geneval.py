@@ -21,6 +21,7 @@ from .clip import DEFAULT_CLIP, Clip, loading
 
 DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+PLACES = ("left of", "right of", "above", "below")
 _COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 """GenEval's own names of three classes, and COCO's."""
 _COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -117,8 +118,8 @@ def relations(box: tuple, other: tuple) -> set[str]:
     if not clear.any():
         return set()
     x, y = clear / np.linalg.norm(offset)
-    names = {"left of": x < -_DIAGONAL, "right of": x > _DIAGONAL, "above": y < -_DIAGONAL, "below": y > _DIAGONAL}
-    return {name for name, holds in names.items() if holds}
+    holds = x < -_DIAGONAL, x > _DIAGONAL, y < -_DIAGONAL, y > _DIAGONAL
+    return {place for place, held in zip(PLACES, holds, strict=True) if held}
 
 
 class GenEval:
@@ -132,6 +133,9 @@ class GenEval:
         clip: for colours.
         strict: see above.
     """
+
+    columns = ("include", "exclude")
+    """Those of a dataset that are read, see `check_column`."""
 
     def __init__(self, detector: Detector, clip: Clip, strict: bool = False):
         self.detector, self.clip, self.strict = detector, clip, strict
@@ -147,11 +151,13 @@ class GenEval:
 
     def __call__(self, prompts, images, include=None, exclude=None, tag=None, **columns) -> list[float | None]:
         """Return the reward of each sample that has `include`, None for the others."""
-        asked = [read_clauses(value, "include") for value in include or [None] * len(images)]
-        too_many = [read_clauses(value, "exclude") for value in exclude or [None] * len(images)]
+        asked = [read_clauses(value, "include of a row") for value in include or [None] * len(images)]
+        too_many = [read_clauses(value, "exclude of a row") for value in exclude or [None] * len(images)]
         tags = tag or [None] * len(images)
         chosen = [i for i, clauses in enumerate(asked) if clauses]
-        self.check_classes(clause["class"] for i in chosen for clause in (*asked[i], *too_many[i]))
+        self.check_classes(
+            (c["class"] for i in chosen for c in (*asked[i], *too_many[i])), "include or exclude of a row"
+        )
         found = self.detector([images[i] for i in chosen]) if chosen else []
         rewards: list[float | None] = [None] * len(images)
         for i, objects in zip(chosen, found, strict=True):
@@ -159,7 +165,13 @@ class GenEval:
             rewards[i] = float(min(scores) == 1) if self.strict else sum(scores) / len(scores)
         return rewards
 
-    def check_classes(self, names: Iterable[str]) -> None:
+    def check_column(self, name: str, values: Iterable[tuple[str, object]]) -> None:
+        """Raise InputError for a value of one of `columns` that cannot be meant; each comes with its row's name."""
+        for row, value in values:
+            what = f"{name} of {row}"
+            self.check_classes((clause["class"] for clause in read_clauses(value, what)), what)
+
+    def check_classes(self, names: Iterable[str], what: str) -> None:
         """Raise InputError for a class that the detector does not know: it would count as never there."""
         known = getattr(self.detector, "classes", None)
         unknown = set() if known is None else set(names) - known
@@ -167,7 +179,7 @@ class GenEval:
             near = difflib.get_close_matches(min(unknown), known, n=3)
             remedy = f"Did you mean {' or '.join(near)}?" if near else "Take another detector_name_or_path."
             found, expected = repr(min(unknown)), "a class that the detector knows"
-            raise InputError("include or exclude of a row", found=found, expected=expected, remedy=remedy)
+            raise InputError(what, found=found, expected=expected, remedy=remedy)
 
     def _clauses(self, image, objects: list[Found], include, exclude, counting: bool) -> list[float]:
         by_class = by_name(objects, {clause["class"] for clause in [*include, *exclude]}, counting)
@@ -214,11 +226,12 @@ def _near(found: int, asked: int) -> float:
     return max(0.0, 1 - abs(found - asked) / asked)
 
 
-def read_clauses(value, name: str) -> list[dict]:
+def read_clauses(value, what: str) -> list[dict]:
     """Return the clauses of one row, [] where it has none.
 
     Raises:
-        InputError: no list of clauses with a class and a count.
+        InputError: no list of clauses with a class and a count; a colour or a place that there is no word for, and
+            that would never hold.
     """
     try:
         clauses = json.loads(value) if isinstance(value, str) and value else value or []
@@ -227,9 +240,19 @@ def read_clauses(value, name: str) -> list[dict]:
             if not isinstance(clause["class"], str) or int(clause["count"]) < 1:
                 raise ValueError
             clause["class"] = _COCO_NAMES.get(clause["class"], clause["class"])
-            if clause.get("position") and not 0 <= int(clause["position"][1]) < len(clauses):
-                raise ValueError
+            if clause.get("position"):
+                _relation, other = clause["position"]
+                if not 0 <= int(other) < len(clauses):
+                    raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError):
         expected = 'GenEval\'s form, such as [{"class": "cup", "count": 2}]'
-        raise InputError(f"{name} of a row", found=repr(value)[:120], expected=expected) from None
+        raise InputError(what, found=repr(value)[:120], expected=expected) from None
+    for number, clause in enumerate(clauses):
+        if clause.get("color") and clause["color"] not in COLORS:
+            raise InputError(what, found=f"colour {clause['color']!r}", expected=f"one of {', '.join(COLORS)}")
+        relation, other = clause.get("position") or (PLACES[0], None)
+        if relation not in PLACES:
+            raise InputError(what, found=f"position {relation!r}", expected=f"one of {', '.join(PLACES)}")
+        if other is not None and int(other) == number:
+            raise InputError(what, found=f"a position to itself, entry {number}", expected="another entry's number")
     return clauses

@@ -1,8 +1,8 @@
 """A model that looks at edits, behind an OpenAI-compatible endpoint, as a reward.
 
 Scores are VIEScore's (arXiv 2312.14867): SC is the lesser of what was done and what was kept, PQ the lesser of natural
-and free of faults, each 0 to 10, and both together are the root of their product. A sample that cannot be judged gets
-nan and is counted with its reason.
+and free of faults, each 0 to 10 unless a judge was trained on another scale, and both together are the root of their
+product. A sample that cannot be judged gets nan and is counted with its reason.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...core.errors import InputError
 from .endpoint import Ask, Endpoint, read_prompt, scores_reader
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 HIGHEST = 10
-_read_scores = scores_reader(2, 0, HIGHEST)
 
 
 class EditJudge:
@@ -24,10 +24,12 @@ class EditJudge:
 
     Args:
         base_url, model, options: of `Endpoint`.
-        success_prompt, quality_prompt: files with the questions; `{instruction}` stands for the edit's.
+        success_prompt, quality_prompt: files with the questions; `{instruction}` stands for the edit's, `{highest}`
+            for the best score.
+        highest: the best score, such as 25 for EditScore; the worst is 0.
 
     Raises:
-        InputError: see `Endpoint` and `read_prompt`.
+        InputError: see `Endpoint` and `read_prompt`; no best score.
     """
 
     def __init__(
@@ -36,11 +38,15 @@ class EditJudge:
         model: str,
         success_prompt: str | Path = PROMPTS / "edit_success.txt",
         quality_prompt: str | Path = PROMPTS / "edit_quality.txt",
+        highest: int = HIGHEST,
         **options,
     ):
-        self.endpoint = Endpoint(base_url, model, **options)
-        self.success_prompt = read_prompt(success_prompt, "instruction")
-        self.quality_prompt = read_prompt(quality_prompt, optional=("instruction",))
+        if highest < 1:
+            raise InputError("judge highest", found=highest, expected="at least 1")
+        self.endpoint, self.highest = Endpoint(base_url, model, **options), highest
+        self.success_prompt = read_prompt(success_prompt, "instruction", optional=("highest",))
+        self.quality_prompt = read_prompt(quality_prompt, optional=("instruction", "highest"))
+        self._read_scores = scores_reader(2, 0, highest)
 
     __name__ = "edit_judge"
 
@@ -53,16 +59,17 @@ class EditJudge:
             if source is None:
                 return None
             found = await self.grades(ask, prompt, lambda: (source, image))
-            return math.nan if found is None else math.sqrt(math.prod(found)) / HIGHEST
+            return math.nan if found is None else math.sqrt(math.prod(found)) / self.highest
 
         async with self.endpoint.session() as ask:
             samples = zip(prompts, images, source_image, strict=True)
             return await asyncio.gather(*(reward(ask, *sample) for sample in samples))
 
     async def grades(self, ask: Ask, prompt: str, pictures: Callable[[], tuple]) -> tuple[float, float] | None:
-        """Return SC and PQ of an edit, 0 to 10, None without an answer; `pictures` returns source and result."""
+        """Return SC and PQ of an edit, 0 to `highest`, None without an answer; `pictures` are source and result."""
+        said = {"instruction": prompt, "highest": self.highest}
         answers = await asyncio.gather(
-            ask(self.success_prompt.format(instruction=prompt), lambda: list(pictures()), _read_scores),
-            ask(self.quality_prompt.format(instruction=prompt), lambda: [pictures()[1]], _read_scores),
+            ask(self.success_prompt.format(**said), lambda: list(pictures()), self._read_scores),
+            ask(self.quality_prompt.format(**said), lambda: [pictures()[1]], self._read_scores),
         )
         return None if None in answers else tuple(min(scores) for scores in answers)

@@ -13,7 +13,7 @@ from .aesthetic import AestheticScore
 from .clip import DEFAULT_CLIP, PICK_SCORE, PICK_SCORE_PROCESSOR, Clip, ClipScore
 from .digit_judge import EditDigitJudge
 from .geneval import DEFAULT_DETECTOR, GenEval, Mask2Former
-from .judge import EditJudge
+from .judge import HIGHEST, EditJudge
 from .micro import micro_soft, micro_strict
 from .ocr import OcrReward
 from .preservation import preservation
@@ -41,6 +41,30 @@ class RewardArguments:
         default=None,
         metadata={"help": "judges: the model's name there; OPENAI_API_KEY in the environment is its key."},
     )
+    judge_timeout: float = field(default=60.0, metadata={"help": "judges: seconds that one request may take."})
+    judge_max_retries: int = field(
+        default=3, metadata={"help": "judges: further tries of a question after the server failed."}
+    )
+    judge_concurrency: int = field(
+        default=16, metadata={"help": "judges: requests under way at a time, of each process."}
+    )
+    judge_highest: int = field(
+        default=HIGHEST,
+        metadata={"help": "edit_judge: the best of its scores, the worst is 0; EditScore was trained on 25."},
+    )
+    judge_success_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "edit_judge: text file with your question about what was done and what was kept, {instruction} in "
+            "it and, where it says so, {highest}; its answer has two scores."
+        },
+    )
+    judge_quality_prompt: str | None = field(
+        default=None, metadata={"help": "edit_judge: likewise, about how natural and free of faults the result is."}
+    )
+    judge_digit_prompt: str | None = field(
+        default=None, metadata={"help": "edit_digit_judge: text file with your question, {instruction} in it."}
+    )
     detector_name_or_path: str = field(
         default=DEFAULT_DETECTOR, metadata={"help": "geneval: Mask2Former model, a hub repository or a folder."}
     )
@@ -60,7 +84,7 @@ class RewardArguments:
     )
 
     def check_rewards(self) -> None:
-        """Raise InputError for no or unknown rewards, or a judge without an address; loads no model."""
+        """Raise InputError for no or unknown rewards, or a judge without an address or a question; loads no model."""
         if not self.reward_funcs:
             expected = f"one or more of {', '.join(SHIPPED)}, or module.function"
             raise InputError("reward_funcs", found="none", expected=expected)
@@ -76,6 +100,8 @@ class RewardArguments:
                 if not getattr(self, name):
                     expected = "where the judge answers, and its name there (judge_base_url, judge_model)"
                     raise InputError(name, found="nothing", expected=expected)
+        for name in JUDGES.keys() & set(self.reward_funcs):
+            self._judge(name, patient=False)  # asks nobody yet
 
     def load_rewards(self, device: torch.device, patient: bool = False) -> list[RewardFunction]:
         """Return the reward functions, their models on `device`; judges that are `patient` or not, see `Endpoint`.
@@ -90,8 +116,7 @@ class RewardArguments:
         if name in _PLAIN:
             return _PLAIN[name]
         if name in JUDGES:
-            key = os.environ.get("OPENAI_API_KEY")
-            return JUDGES[name](self.judge_base_url, self.judge_model, api_key=key, patient=patient)
+            return self._judge(name, patient)
         if name == "clip_score":
             return ClipScore(Clip(self.clip_name_or_path, device))
         if name == "pick_score":
@@ -107,6 +132,19 @@ class RewardArguments:
             detector = Mask2Former(self.detector_name_or_path, device)
             return GenEval(detector, Clip(self.clip_name_or_path, device), strict=name == "geneval_strict")
         return _imported(name)
+
+    def _judge(self, name: str, patient: bool) -> RewardFunction:
+        options = {
+            "api_key": os.environ.get("OPENAI_API_KEY"), "patient": patient, "timeout": self.judge_timeout,
+            "max_retries": self.judge_max_retries, "concurrency": self.judge_concurrency,
+        }  # fmt: skip
+        if name == "edit_judge":
+            options["highest"] = self.judge_highest
+            prompts = {"success_prompt": self.judge_success_prompt, "quality_prompt": self.judge_quality_prompt}
+        else:
+            prompts = {"prompt": self.judge_digit_prompt}
+        options |= {key: path for key, path in prompts.items() if path is not None}
+        return JUDGES[name](self.judge_base_url, self.judge_model, **options)
 
 
 def _imported(name: str) -> RewardFunction:
