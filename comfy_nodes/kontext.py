@@ -7,6 +7,7 @@ order is free: noisy tokens come first, as in ComfyUI's other edit models.
 """
 
 import logging
+import math
 
 import comfy.conds
 import comfy.model_base
@@ -19,6 +20,8 @@ from ..core.errors import InputError
 
 LATENT_CHANNELS = 16
 CALLBACK_KEY = "unipic2_editing"
+_BATCH_KEY = "unipic2_batch"
+"""What a cond says of the batch it is sampled in."""
 
 
 def enable_editing(model):
@@ -70,8 +73,11 @@ def _patch(patcher):
         out = stock_shapes(**kwargs)
         references = kwargs.get("reference_latents")
         if references:
-            # One row of as many positions as all references have: what the memory estimate multiplies.
-            out["ref_latents"] = [1, LATENT_CHANNELS, sum(latent.numel() for latent in references) // LATENT_CHANNELS]
+            # One row of as many positions as all references have, each in the batch that `CONDList` will bring it to:
+            # what the memory estimate multiplies.
+            batch = kwargs.get(_BATCH_KEY)
+            positions = sum((batch or latent.shape[0]) * math.prod(latent.shape[2:]) for latent in references)
+            out["ref_latents"] = [1, LATENT_CHANNELS, positions]
         return out
 
     patcher.add_object_patch("extra_conds", extra_conds)
@@ -80,14 +86,18 @@ def _patch(patcher):
     patcher.add_object_patch("diffusion_model.forward", KontextForward(model.diffusion_model, stock_forward))
 
 
-def _prepare_sampling(executor, patcher, *args, **kwargs):
-    """Put the patches on before ComfyUI estimates memory, which it does before it loads a model, and them with it."""
+def _prepare_sampling(executor, patcher, noise_shape, conds, *args, **kwargs):
+    """Put the patches on before ComfyUI estimates memory, which it does before it loads a model, and them with it.
+
+    The estimate asks each cond alone; what the batch is, to which a reference is repeated, is said to it here.
+    """
     skipped, patcher.skip_injection = patcher.skip_injection, True  # injections wait until others are ejected
     try:
         patcher.patch_model(load_weights=False)
     finally:
         patcher.skip_injection = skipped
-    return executor(patcher, *args, **kwargs)
+    conds = {name: [{**cond, _BATCH_KEY: noise_shape[0]} for cond in part] for name, part in conds.items()}
+    return executor(patcher, noise_shape, conds, *args, **kwargs)
 
 
 class _References(comfy.conds.CONDList):
@@ -183,6 +193,8 @@ class KontextForward:
         """
         options = {} if transformer_options is None else transformer_options
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        if wrappers:  # EasyCache writes into its input, which in float32 is the sampler's own tensor
+            x = x.clone()
         executor = WrapperExecutor.new_class_executor(self._forward, self.diffusion_model, wrappers)
         return executor.execute(x, timesteps, context, y, control, options, ref_latents=ref_latents, **kwargs)
 

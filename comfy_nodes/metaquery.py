@@ -13,6 +13,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.sd
 import comfy.text_encoders.llama
 import comfy.text_encoders.qwen_vl
 import folder_paths
@@ -36,6 +37,7 @@ _OURS = "unipic2"
 _LM_HEAD, _LM_HEAD_SCALES = "lm_head.weight", ("lm_head.weight_scale", "lm_head.scale_weight")
 _UNTIED_WIDTH = 3584  # Qwen2.5-VL-7B's; the micro models' output layer is the embedding
 _MOST_TOKENS = 8192
+_MOST_OF_A_NORM = 1e4  # a trained one's weights are far below
 _ANSWER_END = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -116,7 +118,7 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
                 found=f"a language model of width {found}",
                 expected=f"{width}, for which the connector was trained (7B has 3584, 3B 2048)",
             )
-        if sees and not _has_vision(transformer):
+        if sees and not _has_vision(clip.patcher, transformer):
             remedy = (
                 "Load a file with vision, such as qwen_2.5_vl_7b_fp8_scaled.safetensors; beside a GGUF, its mmproj."
             )
@@ -127,12 +129,39 @@ def find_qwen(clip, node: str, width: int | None = None, sees: bool = False) -> 
     raise InputError(f"{node}, clip", found=f"another text encoder ({found})", expected="Qwen2.5-VL", remedy=remedy)
 
 
-def _has_vision(transformer) -> bool:
-    """Whether a language model has a vision encoder, with weights: ComfyUI-GGUF fills those it lacks with others."""
-    if not hasattr(transformer, "visual"):
+def _has_vision(patcher, transformer) -> bool:
+    """Whether a language model has a vision encoder with weights; ComfyUI only logs which ones a file lacks.
+
+    The file says it, where it is known. Else what the loaders leave does: no weight (quantized layers), zeros of the
+    wrong shape (layers that wait for theirs, ComfyUI-GGUF), or memory as it was, which would hardly pass for norms.
+    """
+    if not hasattr(transformer, "visual") or not _file_has_vision(patcher):
         return False
-    weight = getattr(transformer.visual.blocks[0].attn.qkv, "weight", None)
-    return weight is None or weight.shape[0] == 3 * weight.shape[1]
+    visual = transformer.visual
+    weight = getattr(visual.blocks[0].attn.qkv, "weight", None)
+    if weight is None or weight.shape[0] != 3 * weight.shape[1]:
+        return False
+    norms = [norm for block in visual.blocks for norm in (block.norm1, block.norm2)]
+    return all(_is_trained(norm.weight) for norm in (*norms, visual.merger.ln_q))
+
+
+def _file_has_vision(patcher) -> bool:
+    """Whether a file of Load CLIP has a vision encoder; True also where the files are not known or not safetensors."""
+    load, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    if load is None or load is not getattr(comfy.sd, "load_clip_model_patcher", None):
+        return True
+    try:
+        return any("visual." in key for path in arguments[0] for key in read_header(path).shapes)
+    except InputError:
+        return True
+
+
+def _is_trained(norm) -> bool:
+    """Whether a norm's weight can have come from a file: numbers of its size, most of them not zero."""
+    if norm is None:
+        return False
+    values = norm.detach().float().abs()
+    return bool((values < _MOST_OF_A_NORM).all()) and int(values.count_nonzero()) > values.numel() // 2
 
 
 def encode(clip, connector, prompts: tuple[str, str], image, positions: str, node: str) -> list:
@@ -147,7 +176,7 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
         node: what errors name.
 
     Raises:
-        InputError: see `find_qwen` and `core.sizes.vision_size`.
+        InputError: see `find_qwen`, `_require_one_strength` and `core.sizes.vision_size`.
     """
     if connector is None:
         raise InputError(f"{node}, connector", found="nothing", remedy="Load one with UniPic2 Load Connector.")
@@ -155,6 +184,7 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
     if positions == AUTO:
         positions = conditioner.positions
     qwen = find_qwen(clip, node, conditioner.config["llm_hidden_size"], sees=image is not None)
+    _require_one_strength(clip, node)
     queries = conditioner.meta_queries.detach().clone()
     pictures = [None]
     if image is not None:
@@ -180,6 +210,22 @@ def encode(clip, connector, prompts: tuple[str, str], image, positions: str, nod
         clip.add_hooks_to_dict(values)  # of Set CLIP Hooks, as stock encoding does it
         conditioning.append([[text.to(out), values]])
     return conditioning
+
+
+def _require_one_strength(clip, node: str) -> None:
+    """Refuse hooks that change along sampling: ComfyUI's loop over them runs more than the inner model.
+
+    Raises:
+        InputError: Set CLIP Hooks schedules the CLIP, by keyframes of several strengths.
+    """
+    hooks = clip.patcher.forced_hooks
+    if clip.use_clip_schedule and hooks is not None and len(hooks.get_hooks_for_clip_schedule()) > 1:
+        raise InputError(
+            f"{node}, clip",
+            found="a CLIP whose hooks have a schedule",
+            expected="hooks that keep one strength",
+            remedy="Switch schedule_clip off in Set CLIP Hooks; on the MODEL their schedule goes on to work.",
+        )
 
 
 def _states(inner, tokens: list, queries, device):

@@ -25,6 +25,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.clip_vision  # noqa: E402
+import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
@@ -84,6 +85,7 @@ def load_pack():
         "nodes_preview_any.py",
         "nodes_string.py",
         "nodes_differential_diffusion.py",
+        "nodes_hooks.py",
     ):  # stock nodes that the workflows and cases use
         asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
     folder_paths.add_model_folder_path("unipic2", str(MODELS))
@@ -98,7 +100,7 @@ def object_info():
     """What `/object_info` says of the nodes in the workflows."""
     names = ["KSampler", "LoadImage", "SaveImage", "VAEDecode", "VAELoader", "UNETLoader", "EmptySD3LatentImage",
              "TripleCLIPLoader", "CLIPLoader", "PreviewAny", "StringConcatenate", "LoraLoaderModelOnly", "ImageBatch",
-             "DifferentialDiffusion"]  # fmt: skip
+             "DifferentialDiffusion", "EasyCache", "SkipLayerGuidanceSD3"]  # fmt: skip
     for name in [*names, *report["nodes"]]:
         cls = nodes.NODE_CLASS_MAPPINGS[name]
         if hasattr(cls, "GET_NODE_INFO_V1"):
@@ -410,6 +412,7 @@ def metaquery():
     older_core(clip, common)
     lora_of_qwen(clip, connector)
     stock_qwen(connector)
+    unseeing(connector)
     metaquery_errors(clip, connector)
 
 
@@ -496,6 +499,73 @@ def stock_qwen(connector):
     outputs.update({f"stock_qwen.{key}": tensor for key, tensor in state.items()})
 
 
+def unseeing(connector):
+    """Vision encoders as ComfyUI's loaders leave them where a file has no weights for them."""
+    _, clip, _ = node("UniPic2MicroLoader", model="metaquery")
+    visual = clip.patcher.model.unipic2_micro_qwen.transformer.visual
+    qkv, norm = visual.blocks[0].attn.qkv, visual.merger.ln_q
+    left = {
+        "none": (qkv, None),
+        "turned": (qkv, torch.zeros(qkv.weight.shape[::-1])),
+        "zeros": (norm, torch.zeros_like(norm.weight)),
+        "nan": (visual.blocks[1].norm2, torch.full_like(norm.weight, torch.nan)),
+        "huge": (visual.blocks[2].norm1, torch.full_like(norm.weight, 1e30)),
+    }
+    texts = {"prompt": "", "negative_prompt": "", "positions": "1d"}
+    picture = {"connector": connector, "image": INPUTS["image"], **texts}
+    for name, (layer, values) in left.items():
+        kept = layer.weight
+        layer.weight = None if values is None else torch.nn.Parameter(values, requires_grad=False)
+        collect({f"blind_{name}": lambda: node("UniPic2MetaQueryEncode", clip=clip, **picture)})
+        layer.weight = kept
+    if not hasattr(comfy.sd, "load_clip_model_patcher"):
+        return  # a ComfyUI that does not note which file a CLIP is from
+    # Load CLIP's own, from the file of a small language model; the vision encoder has its published size, no weights.
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "vocab_size": 8}  # fmt: skip
+    state = comfy.text_encoders.llama.Qwen25_7BVLI(sizes, None, "meta", torch.nn).model.state_dict()
+    file = WORK / "text_only.safetensors"
+    save_file({f"model.{key}": torch.ones(t.shape, dtype=torch.float16) for key, t in state.items()}, file)
+    kind, options = comfy.sd.CLIPType.QWEN_IMAGE, {"qwen25_7b_model_config": sizes}
+    blind = comfy.sd.load_clip([str(file)], clip_type=kind, model_options=options)
+    collect({"blind_file": lambda: node("UniPic2MetaQueryEncode", clip=blind, **picture)})
+
+
+def hooked(clip, lora, *keyframes):
+    """Return a CLIP with a LoRA by Set CLIP Hooks, scheduled by keyframes (start, strength); none is full strength."""
+    hooks, schedule = comfy.hooks.create_hook_lora(lora, 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
+    for start, strength in keyframes:
+        schedule.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hooks.set_keyframes_on_hooks(schedule)
+    return node("SetClipHooks", clip=clip, apply_to_conds=True, schedule_clip=True, hooks=hooks)[0]
+
+
+def clip_hooks():
+    """Both text nodes behind Set CLIP Hooks, on CLIPs of their own."""
+    _, clip, _ = node("UniPic2MicroLoader", model="random")
+    layer = "unipic2_micro.transformer.text_model.encoder.layers.0.mlp.fc1"
+    shape = clip.cond_stage_model.state_dict()[f"{layer}.weight"].shape
+    change = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    halves = hooked(clip, {f"text_encoders.{layer}.diff": change}, (0.0, 1.0), (0.5, 0.0))
+    ours, _ = node("UniPic2TextEncode", clip=halves, prompt=PROMPTS["short"], negative_prompt="")
+    (stock,) = nodes.CLIPTextEncode().encode(halves, PROMPTS["short"])
+    for name, conds in (("ours", ours), ("stock", stock)):
+        report[f"schedule.{name}"] = [[v.get("clip_start_percent"), v.get("clip_end_percent")] for _, v in conds]
+        for i, (states, _) in enumerate(conds):
+            outputs[f"schedule.{name}.{i}"] = states
+    _, qwen, _ = node("UniPic2MicroLoader", model="metaquery")
+    (connector,) = node("UniPic2ConnectorLoader", connector="metaquery")
+    lora = load_file(WORK / "qwen_lora.safetensors")
+    common = {"connector": connector, "prompt": METAQUERY_PROMPTS[0], "negative_prompt": "", "positions": "1d",
+              "image": INPUTS["vision.96x64"]}  # fmt: skip
+    for name, keyframes in (("without_keyframes", ()), ("of_one_strength", ((0.0, 1.0), (0.5, 1.0)))):
+        cond, _ = node("UniPic2MetaQueryEncode", clip=hooked(qwen, lora, *keyframes), **common)
+        outputs[f"hooks.{name}"] = unpack(cond)[0]
+        report[f"hooks.{name}"] = "hooks" in cond[0][1]
+    halves = hooked(qwen, lora, (0.0, 1.0), (0.5, 0.0))
+    collect({"scheduled_hooks": lambda: node("UniPic2MetaQueryEncode", clip=halves, **common)})
+
+
 def metaquery_errors(clip, connector):
     _, micro, _ = node("UniPic2MicroLoader", model="random")
     texts = {"prompt": "", "negative_prompt": "", "positions": "1d"}
@@ -565,13 +635,16 @@ def memory(editing):
         return load(models, memory_required=memory_required, **options)
 
     mm.load_models_gpu = load_models_gpu
-    for references in ([], [INPUTS["latents"][:1]]):
+    one, two, first = INPUTS["latents"][:1], INPUTS["latents"], []
+    for drawn, references in ((one, []), (one, [one]), (one, [two]), (two, []), (two, [one]), (two, [two])):
         mm.unload_all_models()
+        asked.clear()
         conds = [[torch.zeros(1, 4, 128), {"pooled_output": torch.zeros(1, 128), "reference_latents": references}]]
-        latents = {"samples": torch.zeros_like(INPUTS["latents"][:1])}
+        latents = {"samples": torch.zeros_like(drawn)}
         nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", conds, conds, latents)
+        first.append(asked[0])
     mm.load_models_gpu = load
-    report["memory_before_loading"] = asked[:2]
+    report["memory_before_loading"] = first
 
 
 def areas(editing):
@@ -746,6 +819,7 @@ def main():
             errors: (model, clip, vae),
             pictures: (),
             metaquery: (),
+            clip_hooks: (),
         }
         for step, arguments in steps.items():
             start = time.perf_counter()

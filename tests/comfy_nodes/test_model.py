@@ -101,8 +101,16 @@ def test_a_clone_with_another_model_runs_that_model(comfyui):
 def test_memory_estimate_counts_the_reference(comfyui):
     without, with_reference = comfyui[1]["memory"]
     assert with_reference == pytest.approx(2 * without)
-    without, with_reference = comfyui[1]["memory_before_loading"]
+    without, with_reference, *_ = comfyui[1]["memory_before_loading"]
     assert with_reference == pytest.approx(2 * without, rel=0.01), "ComfyUI asks before it has loaded the model"
+
+
+def test_memory_estimate_counts_a_reference_for_each_picture_that_it_serves(comfyui):
+    """By batches of pictures and references: the forward repeats a reference, or leaves some out."""
+    one, one_by_one, one_by_two, two, two_by_one, two_by_two = comfyui[1]["memory_before_loading"]
+    assert one_by_two == one_by_one
+    assert two == pytest.approx(2 * one, rel=0.01)
+    assert two_by_one == two_by_two == pytest.approx(2 * one_by_one, rel=0.01)
 
 
 def test_an_area_sees_its_part_of_the_reference(comfyui):

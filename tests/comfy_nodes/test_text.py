@@ -38,6 +38,17 @@ def test_weights_work_as_in_the_stock_node(comfyui):
     assert not torch.equal(tensors["text.weighted"], tensors["text.short.states"])
 
 
+def test_scheduled_clip_hooks_give_what_the_stock_node_gives(comfyui):
+    """A LoRA in the first half of sampling, by Set CLIP Hooks: one conditioning for each half."""
+    tensors, report = comfyui
+    assert report["schedule.ours"] == report["schedule.stock"] == [[0.0, 0.5], [0.5, 1.0]]
+    for half in range(2):
+        assert torch.equal(tensors[f"schedule.ours.{half}"], tensors[f"schedule.stock.{half}"])
+    without = tensors["text.short.states"]
+    assert (tensors["schedule.ours.0"] - without).abs().max() > 1e-2
+    assert (tensors["schedule.ours.1"] - without).abs().max() <= 1e-5
+
+
 @pytest.fixture(scope="module")
 def sd3_tokenizers(comfyui):
     folder = resolve_install().root / "comfy"

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.comfyui
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = [
     "micro_text_to_image",
+    "micro_text_to_image_slg",
     "micro_edit",
+    "micro_edit_fast",
     "micro_edit_full_size",
     "micro_edit_local",
     "micro_edit_batch",
@@ -21,7 +23,9 @@ NAMES = [
     "micro_metaquery_edit",
     "micro_metaquery_understand_edit",
     "unipic2_text_to_image",
+    "unipic2_text_to_image_slg",
     "unipic2_edit",
+    "unipic2_edit_fast",
     "unipic2_edit_full_size",
     "unipic2_edit_local",
     "unipic2_edit_batch",
@@ -107,6 +111,19 @@ def test_sampling_values(workflow, comfyui):
         assert (size["longer_edge"], size["multiple"]) == (micro.IMAGE_SIZE if is_micro else 512, 32)
         negative = "" if is_micro else prompts.DEFAULT_EDIT_NEGATIVE_PROMPT
         assert texts["negative_prompt"] == negative
+
+
+def test_stock_nodes_have_something_to_work_on(workflow, comfyui):
+    """EasyCache is ignored by a model without editing; Skip Layer Guidance leaves out layers that there are."""
+    nodes = api_nodes(workflow, comfyui)
+    types = {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    model = types[nodes["KSampler"]["model"][0]]
+    assert {"EasyCache", "SkipLayerGuidanceSD3"} & nodes.keys() <= {model}
+    assert "EasyCache" not in nodes or "UniPic2EnableEditing" in nodes
+    if "SkipLayerGuidanceSD3" in nodes:
+        depth = micro.TRANSFORMER_CONFIG["num_layers"] if "UniPic2MicroLoader" in nodes else 24  # SD3.5-Medium's
+        layers = nodes["SkipLayerGuidanceSD3"]["layers"].split(",")
+        assert {int(layer) for layer in layers} <= set(range(depth))
 
 
 def test_published_files_are_offered(workflow, comfyui):

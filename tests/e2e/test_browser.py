@@ -95,7 +95,7 @@ def test_micro_templates_have_thumbnails(server):
     """Those of the published checkpoint have none: it was not run."""
     (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]
     micro = [name for name in names if name.startswith("micro")]
-    assert len(micro) == 8 and len(names) == 17
+    assert len(micro) == 10 and len(names) == 21
     for name in micro:
         assert fetch(server, f"/api/workflow_templates/unipic2/{name}.jpg").startswith(b"\xff\xd8"), name
 

@@ -4,6 +4,7 @@ ComfyUI and the trainer draw the same noise from the same seed, so beside the ac
 are compared with the trainer's own sampling of the same weights.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -52,15 +53,23 @@ def run_workflow(server, name, task, seed, folder, source=None):
         return image.convert("RGB")
 
 
+def accuracy(images, tasks):
+    return np.mean([verdict.strict for verdict in judge(images, tasks)])
+
+
+def distance(images, others):
+    """Return how far pictures are from others, pixel by pixel, of 255."""
+    pairs = zip(images, others, strict=True)
+    return np.mean([np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in pairs])
+
+
 def compare(comfyui, trainer, tasks, at_least):
     """Assert that the two sets of pictures score alike, well, and look alike."""
-    ours = np.mean([verdict.strict for verdict in judge(comfyui, tasks)])
-    theirs = np.mean([verdict.strict for verdict in judge(trainer, tasks)])
-    distances = [np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in zip(comfyui, trainer, strict=True)]
-    print(f"strict: ComfyUI {ours:.3f}, trainer {theirs:.3f}; mean pixel distance {np.mean(distances):.3f} of 255")
+    ours, theirs, apart = accuracy(comfyui, tasks), accuracy(trainer, tasks), distance(comfyui, trainer)
+    print(f"strict: ComfyUI {ours:.3f}, trainer {theirs:.3f}; mean pixel distance {apart:.3f} of 255")
     assert abs(ours - theirs) <= 0.1
     assert ours >= at_least
-    assert np.mean(distances) < 2.0
+    assert apart < 2.0
 
 
 def test_text_to_image(server, pipeline, tmp_path):
@@ -79,6 +88,35 @@ def test_edit(server, pipeline, tmp_path):
     compare(comfyui, trainer, tasks, at_least=0.6)
 
 
+def test_text_to_image_with_skip_layer_guidance(server, tmp_path):
+    """The stock node acts on the micro model, and its pictures are as right as those without it."""
+    tasks = eval_t2i_tasks(12, SEED)
+    plain, guided = (
+        [run_workflow(server, name, task, SEED + i, tmp_path) for i, task in enumerate(tasks)]
+        for name in ("micro_text_to_image", "micro_text_to_image_slg")
+    )
+    before, after, apart = accuracy(plain, tasks), accuracy(guided, tasks), distance(plain, guided)
+    print(f"strict: {before:.3f}, with Skip Layer Guidance {after:.3f}; mean pixel distance {apart:.3f} of 255")
+    assert apart > 0.1
+    assert after >= before - 0.2
+
+
+def test_edit_with_easycache(server, tmp_path):
+    """Steps are left out, and the edits are as right as those with every step, and close to them."""
+    tasks = eval_edit_tasks(12, SEED)
+    start = server.log.stat().st_size
+    plain, fast = (
+        [run_workflow(server, name, task, SEED + i, tmp_path, render(task.source)) for i, task in enumerate(tasks)]
+        for name in ("micro_edit", "micro_edit_fast")
+    )
+    skipped = [int(n) for n in re.findall(rb"EasyCache - skipped (\d+)/20 steps", server.log.read_bytes()[start:])]
+    before, after, apart = accuracy(plain, tasks), accuracy(fast, tasks), distance(plain, fast)
+    print(f"strict: {before:.3f}, with EasyCache {after:.3f}; mean pixel distance {apart:.3f} of 255; of 20 {skipped}")
+    assert len(skipped) == len(tasks) and min(skipped) > 0
+    assert after >= before - 0.2
+    assert apart < 20
+
+
 def test_edit_at_full_size(server, tmp_path):
     """The edit comes back at the picture's size, four times the model's, and is as right as a small one."""
     tasks = eval_edit_tasks(12, SEED)
@@ -87,7 +125,7 @@ def test_edit_at_full_size(server, tmp_path):
         for i, task in enumerate(tasks)
     ]
     assert {image.size for image in edited} == {(256, 256)}
-    right = np.mean([verdict.strict for verdict in judge([image.resize((64, 64)) for image in edited], tasks)])
+    right = accuracy([image.resize((64, 64)) for image in edited], tasks)
     print(f"strict at full size: {right:.3f}")
     assert right >= 0.5
 
@@ -168,6 +206,6 @@ def test_metaquery_understands_and_edits(server, metaquery, tmp_path):
         arguments = ["run", "micro_metaquery_understand_edit", "--server", server.url, "--image", str(source)]
         assert main([*arguments, "--seed", str(SEED + i), "-o", str(out)]) == 0
         drawn.append(Image.open(out).convert("RGB"))
-    right = np.mean([verdict.strict for verdict in judge(drawn, tasks)])
+    right = accuracy(drawn, tasks)
     print(f"understand, then remove: {right:.3f} of {len(tasks)}")
     assert right >= 0.5
