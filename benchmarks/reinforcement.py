@@ -5,7 +5,8 @@
 Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
 weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
 as published: noise in all steps but the last, guidance and KL in training; `nft` has the estimator's
-settings of `pdtr_micro.yaml`, and in `nft_current` the current weights draw. A look has the method's own guidance.
+settings of `pdtr_micro.yaml`, and in `nft_current` the current weights draw; `awm` has its authors' distance to an
+average. A look has the method's own guidance, so that they begin at different accuracies; gains are to each one's own.
 Further flags are those of `unipic2 train grpo`, for all methods.
 """
 
@@ -27,7 +28,7 @@ METHODS = {
     "cps": {"dynamics": "cps", "eta": 0.8, "sde_window_size": 3, "epsilon": 1e-3},
     "nft_current": {"estimator": "diffusion_nft"},
     "nft": {"estimator": "diffusion_nft", "old_policy": "average", "ema_decay": 0.8, "nft_beta": 0.1},
-    "awm": {"estimator": "awm", "advantage_clip": 1.0},
+    "awm": {"estimator": "awm", "advantage_clip": 1.0, "ema_beta": 1.0, "ema_decay": 0.3},
 }  # fmt: skip
 _EVAL_SEED = 99
 
@@ -85,7 +86,7 @@ def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> li
 
 def minutes_to(curve: list[tuple[float, float, float]], place: int, target: float) -> float | None:
     """Return when a curve first reaches the target, None where it does not."""
-    return next((minutes for minutes, *scores in curve if scores[place] >= target), None)
+    return next((minutes for minutes, *scores in curve[1:] if scores[place] >= target), None)
 
 
 def main() -> None:
@@ -110,9 +111,14 @@ def main() -> None:
             print(f"{method} seed {seed}  (minutes: t2i edit)  {shown}", flush=True)
     for method, runs in curves.items():
         best = [max(scores[place] for _, *scores in curve) for curve in runs]
+        gains = [curve[-1][1 + place] - curve[0][1 + place] for curve in runs]
         reached = [minutes_to(curve, place, arguments.target) for curve in runs]
         told = ", ".join("never" if minutes is None else f"{minutes:.1f}" for minutes in reached)
-        print(f"{method}: minutes to {arguments.target:g}: {told}; best {statistics.mean(best):.3f} ({best})")
+        gained = ", ".join(f"{gain:+.3f}" for gain in gains)
+        print(
+            f"{method}: minutes to {arguments.target:g}: {told}; best {statistics.mean(best):.3f} ({best})", end="; "
+        )
+        print(f"gain at the end {statistics.mean(gains):+.3f} ({gained})")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ def read_masked(path: Path) -> bytes:
 
     read_rgb(path)  # whatever else is wrong with it
     with Image.open(path) as image:
-        if "A" not in image.getbands() and "transparency" not in image.info:
-            remedy = "Make the region that may change transparent, and save a PNG."
-            found, expected = f"none (mode {image.mode})", "transparency, which this workflow takes as the mask"
-            raise InputError(f"picture {path}", found=found, expected=expected, remedy=remedy)
-        rgba = ImageOps.exif_transpose(image).convert("RGBA")
+        mode, rgba = image.mode, ImageOps.exif_transpose(image).convert("RGBA")
+    if rgba.getchannel("A").getextrema()[0] == 255:  # also where there is a channel for it, as in screenshots
+        remedy = "Make the region that may change transparent, and save a PNG."
+        found, expected = f"none (mode {mode})", "transparency, which this workflow takes as the mask"
+        raise InputError(f"picture {path}", found=found, expected=expected, remedy=remedy)
     rgba.info.clear()
     return _png(rgba)
 

@@ -22,6 +22,8 @@ LATENT_CHANNELS = 16
 CALLBACK_KEY = "unipic2_editing"
 _BATCH_KEY = "unipic2_batch"
 """What a cond says of the batch it is sampled in."""
+_CUT = "resize_cond_for_context_window"
+_CUT_TO_WINDOWS = hasattr(comfy.model_base.BaseModel, _CUT)  # from ComfyUI 0.18 on
 
 
 def enable_editing(model):
@@ -46,6 +48,7 @@ def enable_editing(model):
     patched = model.clone()
     if not isinstance(model.get_model_object("diffusion_model.forward"), KontextForward):
         _patch(patched)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, CALLBACK_KEY, _outer_sample)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CALLBACK_KEY, _prepare_sampling)
         patched.add_callback_with_key(CallbacksMP.ON_CLONE, CALLBACK_KEY, _follow_model)
     return patched
@@ -80,22 +83,50 @@ def _patch(patcher):
             out["ref_latents"] = [1, LATENT_CHANNELS, positions]
         return out
 
-    patcher.add_object_patch("extra_conds", extra_conds)
-    patcher.add_object_patch("extra_conds_shapes", extra_conds_shapes)
-    patcher.add_object_patch("memory_usage_factor_conds", (*stock_factors, "ref_latents"))
-    patcher.add_object_patch("diffusion_model.forward", KontextForward(model.diffusion_model, stock_forward))
+    patches = {
+        "extra_conds": extra_conds,
+        "extra_conds_shapes": extra_conds_shapes,
+        "memory_usage_factor_conds": (*stock_factors, "ref_latents"),
+        "diffusion_model.forward": KontextForward(model.diffusion_model, stock_forward),
+    }
+    if _CUT_TO_WINDOWS:
+        stock_cut = patcher.get_model_object(_CUT)
+
+        def cut(cond_key, cond_value, window, x_in, device, **kwargs):
+            if isinstance(cond_value, _References):
+                return cond_value.in_window(window, x_in, device)
+            return stock_cut(cond_key, cond_value, window, x_in, device, **kwargs)
+
+        patches[_CUT] = cut
+    for name, patch in patches.items():
+        patcher.add_object_patch(name, patch)
 
 
-def _prepare_sampling(executor, patcher, noise_shape, conds, *args, **kwargs):
-    """Put the patches on before ComfyUI estimates memory, which it does before it loads a model, and them with it.
-
-    The estimate asks each cond alone; what the batch is, to which a reference is repeated, is said to it here.
-    """
+def _put_on(patcher):
+    """Put the patches on before ComfyUI does, which is when it loads a model."""
     skipped, patcher.skip_injection = patcher.skip_injection, True  # injections wait until others are ejected
     try:
         patcher.patch_model(load_weights=False)
     finally:
         patcher.skip_injection = skipped
+
+
+def _outer_sample(executor, *args, **kwargs):
+    """Put the patches on for wrappers that look at the model first: EasyCache reads the shift, which may be one."""
+    _put_on(executor.class_obj.model_patcher)
+    return executor(*args, **kwargs)
+
+
+def _prepare_sampling(executor, patcher, noise_shape, conds, *args, **kwargs):
+    """Put the patches on before ComfyUI estimates memory.
+
+    The estimate asks each cond alone; what the batch is, to which a reference is repeated, is said to it here.
+    """
+    _put_on(patcher)
+    edits = {name: any(cond.get("reference_latents") for cond in part) for name, part in conds.items() if part}
+    if any(edits.values()) and not all(edits.values()):
+        names = (", ".join(name for name, edit in edits.items() if edit is kind) for kind in (False, True))
+        logging.warning("UniPic2: %s has no reference, %s has one; UniPic2 Reference takes both prompts.", *names)
     conds = {name: [{**cond, _BATCH_KEY: noise_shape[0]} for cond in part] for name, part in conds.items()}
     return executor(patcher, noise_shape, conds, *args, **kwargs)
 
@@ -119,12 +150,21 @@ class _References(comfy.conds.CONDList):
             ]  # fmt: skip
         return comfy.conds.CONDList(latents).process_cond(batch_size, area=area, **kwargs)
 
+    def in_window(self, window, x_in, device):
+        """Return what a context window of the noise sees: of each reference that is as long as it the same part."""
+        latents = [
+            window.get_tensor(latent, device)
+            if window.dim < latent.ndim and latent.shape[window.dim] == x_in.shape[window.dim] else latent.to(device)
+            for latent in self.cond
+        ]  # fmt: skip
+        return _References(latents, window.get_tensor(x_in, device).shape[-2:])
+
 
 def _follow_model(patcher, clone):
     """Patch again when a clone carries other weights: ComfyUI gives each further GPU a freshly loaded model."""
     if clone.model is patcher.model:
         return
-    for name in ("extra_conds", "extra_conds_shapes", "memory_usage_factor_conds", "diffusion_model.forward"):
+    for name in ("extra_conds", "extra_conds_shapes", "memory_usage_factor_conds", "diffusion_model.forward", _CUT):
         clone.object_patches.pop(name, None)
     _patch(clone)
 
@@ -150,6 +190,13 @@ def _check_references(references, noise):
                 found=f"shape {tuple(latent.shape)}",
                 expected=f"(batch, {LATENT_CHANNELS}, height/8, width/8)",
                 remedy="Encode the reference with the VAE of SD3.5 (or of the micro model).",
+            )
+        if noise is not None and latent.shape[0] > noise.shape[0]:
+            raise InputError(
+                "reference latent",
+                found=f"{latent.shape[0]} references for a batch of {noise.shape[0]}",
+                expected="at most one for each picture that is drawn",
+                remedy="To edit them in parts, put Rebatch Images before UniPic2 Reference.",
             )
         if noise is not None and latent.shape[-2:] != noise.shape[-2:]:
             logging.warning(
@@ -200,6 +247,10 @@ class KontextForward:
 
     def _forward(self, x, timesteps, context, y, control, transformer_options, ref_latents=None, **kwargs):
         _check_positions([x, *(ref_latents or ())], self.diffusion_model.pos_embed_max_size)
+        if ref_latents and not _CUT_TO_WINDOWS and "context_window" in transformer_options:
+            remedy = "Update ComfyUI, or edit without Context Windows."
+            expected = "ComfyUI 0.18 or newer, which can cut references to them"
+            raise InputError("context windows", found="an edit in them", expected=expected, remedy=remedy)
         if not ref_latents:
             options = {"control": control, "transformer_options": transformer_options}
             return self.stock_forward(x, timesteps, context=context, y=y, **options, **kwargs)

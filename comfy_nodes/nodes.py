@@ -90,6 +90,11 @@ class UniPic2Loader(_Node):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model, **_inputs):
+        """Return what tells a model that was exported anew."""
+        return published.fingerprint(published.available(micro_model.available_models()).get(model))
+
+    @classmethod
     def run(cls, model, weight_dtype) -> io.NodeOutput:
         models = published.available(micro_model.available_models())
         if model not in models:
@@ -142,6 +147,11 @@ class UniPic2MicroLoader(_Node):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model, **_inputs):
+        """Return what tells a model that was exported anew."""
+        return published.fingerprint(micro_model.available_models().get(model))
+
+    @classmethod
     def run(cls, model) -> io.NodeOutput:
         models = micro_model.available_models()
         if model not in models:
@@ -183,7 +193,9 @@ class UniPic2EnableEditing(_Node):
 
     @classmethod
     def run(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(kontext.enable_editing(model))
+        editing = kontext.enable_editing(model)
+        published.warn_of_shift(editing)
+        return io.NodeOutput(editing)
 
 
 class UniPic2TextEncode(_Node):
@@ -449,6 +461,11 @@ class UniPic2ConnectorLoader(_Node):
             ],
             outputs=[Connector.Output(display_name="CONNECTOR", tooltip="For UniPic2 MetaQuery Encode.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, connector, **_inputs):
+        """Return what tells a connector that was exported anew."""
+        return published.fingerprint(metaquery.available_connectors().get(connector))
 
     @classmethod
     def run(cls, connector) -> io.NodeOutput:

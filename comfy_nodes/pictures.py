@@ -198,7 +198,7 @@ def masked(latents, mask):
     if not mask.any():
         logging.warning("UniPic2: the mask is empty, so nothing of the picture will change.")
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-    if mask.shape[-2:] == (8 * latents.shape[-2], 8 * latents.shape[-1]):
+    if mask.shape[-2] >= latents.shape[-2] and mask.shape[-1] >= latents.shape[-1]:
         # A latent changes if any of its pixels may; ComfyUI's own shrinking would miss thin strokes.
-        mask = torch.nn.functional.max_pool2d(mask, 8)
+        mask = torch.nn.functional.adaptive_max_pool2d(mask, latents.shape[-2:])
     return {"samples": latents, "noise_mask": mask}

@@ -1,7 +1,7 @@
 """Load parts of folders in the published layout, and single files, through ComfyUI's own loaders. No nodes here."""
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import comfy.latent_formats
@@ -110,6 +110,27 @@ def with_trained_shift(model, path):
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # imports `nodes`, and with it ComfyUI's server
 
     return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def warn_of_shift(model):
+    """Log where a MODEL of Load Diffusion Model samples with another shift than its file was trained with."""
+    load, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    if load is not comfy.sd.load_diffusion_model:
+        return
+    path = Path(arguments[0])
+    with suppress(InputError):  # not safetensors, or no longer there
+        shift, used = trained_shift(read_header(path).metadata, path), model.get_model_object("model_sampling").shift
+        if shift not in (None, used):
+            remedy = "put ModelSamplingSD3 before UniPic2 Enable Editing, or take UniPic2 Loader"
+            logging.warning("%s: trained with shift %g and sampled with %g; %s.", path.name, shift, used, remedy)
+
+
+def fingerprint(path) -> list | None:
+    """Return what changes when a folder or file is exported anew: names, sizes and times; None without one."""
+    if path is None or not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".json"))
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _load_file(path, options: dict, node: str):

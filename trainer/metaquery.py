@@ -86,14 +86,15 @@ def _frozen_dtype(args: MetaQueryConfig) -> torch.dtype:
 def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> MetaQueryPipeline:
     """Load a MetaQuery model, or put a new connector between Qwen2.5-VL and another model's transformer.
 
-    Frozen parts come in bfloat16 under `bf16` on a GPU, what is trained in float32.
+    Frozen parts come in bfloat16 under `bf16` on a GPU; what is trained, and a Qwen2.5-VL to export, in float32.
 
     Raises:
         InputError: see `MetaQueryPipeline.from_pretrained` and `StableDiffusion3Conditioner`.
     """
     frozen = _frozen_dtype(args)
     transformer = frozen if args.trainable == "none" else torch.float32
-    types = {"default": frozen, "transformer": transformer, "conditioner": torch.float32}
+    vlm = torch.float32 if script_args.export_vlm else frozen
+    types = {"default": frozen, "transformer": transformer, "conditioner": torch.float32, "text_encoder": vlm}
     # A hub's text encoders are not needed, whatever the model is.
     absent = dict.fromkeys(TEXT_ENCODERS[1:])
     folder = StableDiffusion3KontextPipeline.find_folder(script_args.model_name_or_path, absent)
@@ -107,7 +108,7 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
         base = StableDiffusion3KontextPipeline.from_pretrained(
             folder, torch_dtype=types, **dict.fromkeys(TEXT_ENCODERS)
         )
-        parts = load_vlm(vlm_folder(None, script_args.vlm_name_or_path), frozen)
+        parts = load_vlm(vlm_folder(None, script_args.vlm_name_or_path), vlm)
         sizes = {**PUBLISHED_SIZES, **given}
         sizes.setdefault("num_attention_heads", max(1, sizes["hidden_size"] // 64))
         conditioner = StableDiffusion3Conditioner(

@@ -173,6 +173,10 @@ class MetaQueryTrainer(FlowMatchingTrainer):
             prefix = self.pipeline.prefix(inputs["text"], None if seen is None else seen.float() / 255)
             return prefix if self.args.vlm_lora_r else remember(self.pipeline.text_encoder, prefix)
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Return what weight decay is for: not the queries, which are states and no matrix."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("meta_queries")]
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return the optimizer, with the transformer's weights in groups of their own rate if they have one."""
         made = self.optimizer is None

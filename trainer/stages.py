@@ -48,15 +48,20 @@ def read_config(argv: list[str]) -> dict:
 
 
 def parse_stages(
-    argv: list[str], parse, of_the_run: tuple[str, ...] = (), lora_goes_on: bool = False
+    argv: list[str],
+    parse,
+    of_the_run: tuple[str, ...] = (),
+    lora_goes_on: bool = False,
+    default: list[dict] | None = None,
 ) -> list[tuple] | None:
-    """Parse all stages of the config file, or return None where it has none.
+    """Parse all stages of the config file, or of the `default`; return None where there are none.
 
     Args:
-        argv: flags of the whole run, with `--config FILE`.
+        argv: flags of the whole run, mostly with `--config FILE`.
         parse: reads flags, see `pretrain.parse`.
         of_the_run: further settings that belong to the whole run.
         lora_goes_on: whether under `use_peft` a stage can start from the LoRA of the stage before.
+        default: what each stage sets where the file has no stages.
 
     Returns:
         What `parse` says of each stage.
@@ -65,10 +70,11 @@ def parse_stages(
         InputError: from `parse`; `stages` is no list of mappings, or a stage sets what belongs to the whole run.
     """
     common = read_config(argv)
-    if _KEY not in common:
+    if default is None and _KEY not in common:
         return None
-    stages = common.pop(_KEY)
+    stages = common.pop(_KEY, default)
     _check(stages, (*_OF_THE_RUN, *of_the_run))
+    argv = argv if "--config" in argv else [*argv, "--config", ""]
     place = argv.index("--config") + 1
     output_dir, parsed = None, []
     with tempfile.TemporaryDirectory() as folder:

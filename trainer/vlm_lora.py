@@ -108,7 +108,7 @@ def save_lora(vlm: nn.Module, folder: Path) -> None:
 
 
 def load_lora(vlm: nn.Module, folder: Path) -> None:
-    """Put a LoRA that `save_lora` wrote onto a Qwen2.5-VL, frozen and in its type.
+    """Put a LoRA that `save_lora` wrote onto a Qwen2.5-VL, frozen, in float32: a later stage hands it on as it is.
 
     Raises:
         InputError: a file is missing or broken, it is a LoRA of another model, or of a kind that is not trained here.
@@ -123,13 +123,11 @@ def load_lora(vlm: nn.Module, folder: Path) -> None:
         expected = "a LoRA as `unipic2 train metaquery` writes it"
         raise InputError(f"{folder / CONFIG_NAME}", found=", ".join(unread), expected=expected)
     shapes = read_header(path).shapes
-    weights = add_lora(vlm, r, alpha, seed=0)
+    add_lora(vlm, r, alpha, seed=0)
     language = _language_model(vlm)
     own = {f"{_PEFT_PREFIX}{name}": tuple(p.shape) for name, p in get_peft_model_state_dict(language).items()}
     if own != shapes:
         found = f"{len(shapes)} tensors of another model"
         raise InputError(f"LoRA {path}", found=found, expected=f"{len(own)} of rank {r} for this Qwen2.5-VL")
     set_peft_model_state_dict(language, {n.removeprefix(_PEFT_PREFIX): p for n, p in load_file(path).items()})
-    for weight in weights.values():
-        weight.data = weight.data.to(vlm.dtype)
     language.requires_grad_(False)

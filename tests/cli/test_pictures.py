@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 from PIL import Image
-from unipic2.cli.pictures import read_rgb
+from unipic2.cli.pictures import read_masked, read_rgb
 from unipic2.core.errors import InputError
 from unipic2.core.files import write_file
 
@@ -159,3 +159,14 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_file(tmp_path / "out.png", b"x" * 5000)
     assert (tmp_path / "out.png").stat().st_size == 5000
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_mask_wants_a_transparent_pixel(tmp_path, mode):
+    """A channel for it is not enough: screenshots have one, all opaque."""
+    picture = Image.new("RGBA", (4, 4), (10, 20, 30, 255))
+    with pytest.raises(InputError, match=rf"a.png: found none \(mode {mode}\), expected transparency"):
+        read_masked(save(tmp_path / "a.png", picture.convert(mode)))
+    picture.putpixel((1, 2), (10, 20, 30, 0))
+    found = Image.open(io.BytesIO(read_masked(save(tmp_path / "b.png", picture))))
+    assert found.mode == "RGBA" and found.getpixel((1, 2)) == (10, 20, 30, 0) and found.getpixel((0, 0))[3] == 255

@@ -9,10 +9,12 @@ The tests beside this file compare them with the trainer's models; nothing is ju
 import asyncio
 import copy
 import importlib.util
+import inspect
 import json
 import logging
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,7 @@ def load_pack():
         "nodes_string.py",
         "nodes_differential_diffusion.py",
         "nodes_hooks.py",
+        "nodes_context_windows.py",
     ):  # stock nodes that the workflows and cases use
         asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
     folder_paths.add_model_folder_path("unipic2", str(MODELS))
@@ -214,17 +217,65 @@ def sampling(model, clip, vae):
         target = node("DifferentialDiffusion", model=model, **values)[0] if values else model
         (sampled,) = nodes.KSampler().sample(target, SEED, STEPS, CFG, "euler", "normal", *conds, local)
         outputs[f"sampling.local{name}"] = sampled["samples"]
+    local_masks(model, positive, negative, vae)
     skip_layer_guidance(model, conds)
+    context_windows(model, positive, negative, vae)
     # One picture: ComfyUI 0.3.64's EasyCache cannot take more.
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
     easycache(model, conds, latent)
 
 
+def local_masks(model, positive, negative, vae):
+    """A mask of all there is, and a thin stroke on a picture of another size."""
+    reference = {"positive": positive, "negative": negative, "vae": vae, "image": INPUTS["image"][:1]}
+    *conds, local = node("UniPic2Reference", **reference, mask=torch.ones(1, 64, 96))
+    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, local)
+    outputs["sampling.local_all"] = model.model.process_latent_in(sampled["samples"])
+    stroke = torch.zeros(1, 331, 503)
+    stroke[:, 100:103] = 1
+    outputs["mask.stroke"] = node("UniPic2Reference", **reference, mask=stroke)[2]["noise_mask"]
+
+
+def context_windows(model, positive, negative, vae):
+    """Edits in windows of the batch and of the width: each with its own reference, or its part of it."""
+    found = nodes.NODE_CLASS_MAPPINGS["ContextWindowsManual"]
+    seen = []
+
+    def note(executor, x, *args, **kwargs):
+        seen.append((x.shape[-1], kwargs["ref_latents"][0][:1].clone()))
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "note", note)
+    values = {"context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1, "closed_loop": False,
+              "fuse_method": "pyramid", "freenoise": False}  # fmt: skip
+    if "causal_window_fix" in inspect.signature(found.execute).parameters:
+        values["causal_window_fix"] = False
+    for name, dim, length, pictures in (("batch", 0, 1, 2), ("width", 3, 6, 1)):
+        image = INPUTS["image"][:pictures]
+        *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=image)
+        (windowed,) = node("ContextWindowsManual", model=model, context_length=length, dim=dim, **values)
+        seen.clear()
+        try:
+            (sampled,) = nodes.KSampler().sample(windowed, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        except Exception as error:
+            report[f"windows.{name}"] = f"{type(error).__name__}: {error}"
+            continue
+        report[f"windows.{name}"] = [width for width, _ in seen[:2]]
+        outputs[f"windows.{name}"] = model.model.process_latent_in(sampled["samples"])
+        outputs[f"windows.{name}.seen"] = torch.cat([reference for _, reference in seen[:2]], dim=dim)
+        outputs[f"windows.{name}.references"] = model.model.process_latent_in(vae.encode(image))
+
+
 def skip_layer_guidance(model, conds):
-    """An edit with the stock node, which leaves a block out in a third forward; a TAESD preview at each step."""
+    """An edit with the stock node, which leaves a block out in a third forward; without it, and with none of it."""
     latent = {"samples": torch.zeros(1, 16, 8, 12)}
     slg = {"layers": "1", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
     (skipping,) = node("SkipLayerGuidanceSD3", model=model, **slg)
+    (nothing,) = node("SkipLayerGuidanceSD3", model=model, **{**slg, "scale": 0.0})
+    for name, target in (("plain", model), ("nothing", nothing)):
+        (sampled,) = nodes.KSampler().sample(target, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        outputs[f"sampling.slg_{name}"] = sampled["samples"]
     skipped, batches = [], report["sampling.edit.batches"]
     second = model.model.diffusion_model.joint_blocks[1].register_forward_hook(lambda *_: skipped.append(1))
     (sampled,) = nodes.KSampler().sample(skipping, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
@@ -257,6 +308,22 @@ def easycache(model, conds, latent):
     nodes.KSampler().sample(cached, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
     hook.remove()
     report["easycache_runs"] = len(runs)
+    (exact,) = node("EasyCache", model=model, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False)
+    (sampled,) = nodes.KSampler().sample(exact, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    outputs["sampling.easycache_exact"] = model.model.process_latent_in(sampled["samples"])
+
+
+def in_place(editing):
+    """A wrapper that writes into its input, as EasyCache does; in float32 that was the sampler's."""
+
+    def write(executor, x, *args, **kwargs):
+        x += 1
+        return executor(x, *args, **kwargs)
+
+    options = {"wrappers": {WrappersMP.DIFFUSION_MODEL: {"test": [write]}}}
+    case, before = CASES[0], INPUTS[f"{CASES[0]}.x"].clone()
+    predict(editing, case, reference=True, transformer_options=options)
+    report["input_left_alone"] = bool(torch.equal(INPUTS[f"{case}.x"], before))
 
 
 def lora(model, editing):
@@ -271,14 +338,45 @@ def lora(model, editing):
     outputs["lora.before"] = predict(node("UniPic2EnableEditing", model=apply(model))[0], case, reference=True)
     known = next(key for key in file if "transformer_blocks.0." in key and key.endswith(".lora_A.weight"))
     file |= {known.replace("transformer_blocks.0.", "transformer_blocks.99."): file[known]}
+    with warnings_told() as told:
+        outputs["lora.unknown"] = predict(apply(editing), case, reference=True)
+    report["lora_unknown"] = told
+    low_vram(apply(editing))
+
+
+@contextmanager
+def warnings_told():
+    """Yield a list of what ComfyUI's log is warned of meanwhile."""
     told = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger().addHandler(handler)
-    outputs["lora.unknown"] = predict(apply(editing), case, reference=True)
-    logging.getLogger().removeHandler(handler)
-    report["lora_unknown"] = told
-    low_vram(apply(editing))
+    try:
+        yield told
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def silent_faults(model, clip, vae):
+    """What would give a worse picture without a word."""
+    (editing,) = node("UniPic2EnableEditing", model=model)
+    positive, negative = node("UniPic2TextEncode", clip=clip, prompt="make it blue", negative_prompt="")
+    edit, *_ = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
+    latent = {"samples": torch.zeros(1, 16, 8, 12)}
+    for name, conds in (("half", (edit, negative)), ("none", (positive, negative)), ("both", (edit, edit))):
+        with warnings_told() as told:
+            nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", *conds, latent)
+        report[f"told.{name}"] = [text for text in told if "no reference" in text]
+    for name in ("single", "shifted"):
+        with warnings_told() as told:
+            node("UniPic2EnableEditing", model=comfy.sd.load_diffusion_model(str(WORK / f"{name}.safetensors")))
+        report[f"told.{name}"] = [text for text in told if "shift" in text]
+    small = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
+    target = ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(t5=False, dtype_t5=None))
+    clips = comfy.sd.CLIP(target, model_options={"clip_l_model_config": small, "clip_g_model_config": small})
+    with warnings_told() as told:
+        node("UniPic2TextEncode", clip=clips, prompt="a", negative_prompt="b")
+    report["told.encoders"] = [text for text in told if "is loaded" in text]
 
 
 def low_vram(model):
@@ -636,7 +734,7 @@ def memory(editing):
 
     mm.load_models_gpu = load_models_gpu
     one, two, first = INPUTS["latents"][:1], INPUTS["latents"], []
-    for drawn, references in ((one, []), (one, [one]), (one, [two]), (two, []), (two, [one]), (two, [two])):
+    for drawn, references in ((one, []), (one, [one]), (two, []), (two, [one]), (two, [two])):
         mm.unload_all_models()
         asked.clear()
         conds = [[torch.zeros(1, 4, 128), {"pooled_output": torch.zeros(1, 128), "reference_latents": references}]]
@@ -707,6 +805,7 @@ def errors(model, clip, vae):
         "unknown_model": lambda: node("UniPic2MicroLoader", model="absent"),
         "wrong_reference": lambda: sample_with_reference(model, positive, negative),
         "too_large": lambda: sample_with_reference(model, positive, negative, (16, 64, 8)),
+        "too_many": lambda: sample_with_reference(model, positive, negative, (16, 8, 8), 2),
     }
     for folder in ("truncated", "no_vae", "wrong_config", "wrong_tensors"):
         attempts[f"folder_{folder}"] = lambda folder=folder: node("UniPic2MicroLoader", model=folder)
@@ -741,9 +840,9 @@ class Flux:
         return self.tokenizer.tokenize_with_weights(prompt, **options)
 
 
-def sample_with_reference(model, positive, negative, shape=(4, 8, 8)):
+def sample_with_reference(model, positive, negative, shape=(4, 8, 8), count=1):
     (editing,) = node("UniPic2EnableEditing", model=model)
-    values = {"reference_latents": [torch.zeros(1, *shape)]}
+    values = {"reference_latents": [torch.zeros(count, *shape)]}
     conds = [[[part[0][0], {**part[0][1], **values}]] for part in (positive, negative)]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", *conds, latent)
@@ -807,6 +906,8 @@ def main():
             sd3_text: (),
             vae_and_latents: (model, vae),
             sampling: (editing, clip, vae),
+            in_place: (editing,),
+            silent_faults: (model, clip, vae),
             lora: (model, editing),
             single_file: (),
             loader: (model, vae),

@@ -110,6 +110,7 @@ REFUSALS = {
     "unknown_model": ("UniPic2 Micro Loader, model", "'absent'", "'random'"),
     "wrong_reference": ("reference latent", "(1, 4, 8, 8)", "16"),
     "too_large": ("picture to sample", "64x512 pixels", "at most 256x256"),
+    "too_many": ("reference latent", "2 references for a batch of 1", "Rebatch Images"),
     "loader_shift": ("unshifted.safetensors, shift", "found 'none'", "a number above 0"),
     "loader_lora": ("UniPic2 Loader, lora.safetensors", "found LoRA", "LoraLoaderModelOnly"),
     "loader_absent": ("UniPic2 Loader, model", "'../random'"),

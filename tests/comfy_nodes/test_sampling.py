@@ -63,6 +63,27 @@ def test_the_stock_easycache_node_saves_forwards(comfyui):
     assert 0 < comfyui[1]["easycache_runs"] < STEPS
 
 
+def test_easycache_that_leaves_nothing_out_changes_nothing(comfyui):
+    tensors, report = comfyui
+    assert (tensors["sampling.easycache_exact"] - tensors["sampling.edit.latents"]).abs().max() <= 1e-6
+    assert report["input_left_alone"], "what EasyCache writes into its input must not reach the sampler"
+
+
+@pytest.mark.parametrize("name", ["batch", "width"])
+def test_an_edit_in_context_windows(comfyui, name):
+    """Stock Context Windows: each window sees its own references, or its own part of them."""
+    tensors, report = comfyui
+    found = report[f"windows.{name}"]
+    if isinstance(found, str):
+        assert "InputError: context windows: found an edit in them, expected ComfyUI 0.18" in found
+        return
+    assert found == {"batch": [12, 12], "width": [6, 6]}[name]
+    seen, references = tensors[f"windows.{name}.seen"], tensors[f"windows.{name}.references"]
+    assert (seen - references).abs().max() <= 1e-6
+    if name == "batch":
+        assert (tensors["windows.batch"] - tensors["sampling.edit_batch.latents"]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("way", ["", "_differential"])
 def test_a_local_edit_keeps_the_rest(comfyui, way):
     """The stock sampler, and with stock DifferentialDiffusion before it."""
@@ -74,12 +95,34 @@ def test_a_local_edit_keeps_the_rest(comfyui, way):
     assert (local - picture).abs()[..., inside].mean() > 0.1
 
 
+def test_a_mask_of_all_there_is_edits_it_all(comfyui):
+    tensors, _ = comfyui
+    assert (tensors["sampling.local_all"] - tensors["sampling.edit.latents"]).abs().max() <= 1e-5
+
+
+def test_a_thin_stroke_on_a_picture_of_another_size_is_kept_whole(comfyui):
+    mask = comfyui[0]["mask.stroke"]
+    assert mask.shape == (1, 1, 8, 12) and mask[0, 0, 2].eq(1).all() and mask.sum() == 12
+
+
 def test_the_stock_skip_layer_guidance_edits(comfyui):
     tensors, report = comfyui
     runs, steps = report["slg_runs"]
     assert runs == steps, "the block runs for both prompts at once, and not in the pass that leaves it out"
-    plain, skipping = tensors["sampling.local"], tensors["sampling.slg"]
-    assert skipping.shape == plain.shape and torch.isfinite(skipping).all()
+    plain, nothing, skipping = (tensors[f"sampling.slg{name}"] for name in ("_plain", "_nothing", ""))
+    assert (nothing - plain).abs().max() <= 1e-5
+    assert (skipping - plain).abs().max() > 1e-3 and torch.isfinite(skipping).all()
+
+
+def test_what_would_be_worse_without_a_word_is_told(comfyui):
+    report = comfyui[1]
+    (half,) = report["told.half"]
+    assert "negative has no reference, positive has one" in half
+    assert not report["told.none"] and not report["told.both"]
+    (shift,) = report["told.shifted"]
+    assert "shifted.safetensors: trained with shift" in shift and "sampled with 3" in shift
+    assert not report["told.single"]
+    assert report["told.encoders"] == ["UniPic2 Text Encode: no T5-XXL is loaded; UniPic2 was trained with all three."]
 
 
 def test_a_taesd_preview(comfyui):

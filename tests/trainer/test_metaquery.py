@@ -442,6 +442,12 @@ def test_a_lora_comes_back_and_goes_on(make_own, tmp_path):
     again.save_pretrained(tmp_path / "saved")
     once_more = open_model(tmp_path / "saved", torch_dtype=torch.float32)
     torch.testing.assert_close(once_more.encode_conditions(["a red circle"])[0], states[1])
+    # Beside a Qwen2.5-VL in bfloat16 it is handed on as it is.
+    beside = open_model(tmp_path / "export", torch_dtype=torch.bfloat16)
+    assert beside.encode_conditions(["a red circle"])[0].isfinite().all()
+    beside.save_pretrained(tmp_path / "beside")
+    files = [load_file(tmp_path / f"{n}/text_encoder_lora/adapter_model.safetensors") for n in ("export", "beside")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     # Frozen, its prefixes can be kept; trained, it has to be the same LoRA.
     kept, _, _ = trained(again, settings(tmp_path / "frozen", prefix_cache_gib=0.01, max_steps=1))
     assert len(kept.model.vlm_lora) == 0
@@ -486,10 +492,12 @@ def test_peft_reads_it_too(make_own, with_lora, tmp_path):
     assert (a - plain).abs().max() > 1e-2
 
 
-def test_a_lora_in_bfloat16_stays_so(make_own, with_lora, tmp_path):
+def test_a_lora_on_a_model_in_bfloat16_stays_in_float32(make_own, with_lora, tmp_path):
+    """Else each stage of a run would round it."""
     with_lora.save_pretrained(tmp_path / "model")
     loaded = MetaQueryPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
-    assert {p.dtype for p in loaded.text_encoder.parameters()} == {torch.bfloat16}
+    types = {"lora_" in name: p.dtype for name, p in loaded.text_encoder.named_parameters()}
+    assert types == {False: torch.bfloat16, True: torch.float32}
     states, expected = (p.encode_conditions(["a"])[0].float() for p in (loaded, with_lora))
     assert (states - expected).norm() < 0.1 * expected.norm()
 

@@ -279,10 +279,29 @@ def test_pdtr_measures_by_rewards_that_it_does_not_train_on(config, tmp_path, pr
     assert "eval_reward_funcs names others" not in capfd.readouterr().err
 
 
+def test_without_stages_edits_come_first(config, tmp_path, capsys):
+    flags = [
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--dataset_name",
+        "micro",
+        "--reward_funcs",
+        "micro_soft",
+    ]
+    flags += ["--per_device_train_batch_size", "12"]
+    for argv in (config(max_steps=4, save_steps=4), flags):
+        stages = parse_stages(argv, pdtr.parse, pdtr._OF_THE_RUN, lora_goes_on=True, default=pdtr.DEFAULT_STAGES)
+        assert [pdtr.own_tasks(args) for _, args in stages] == [("edit",), ("t2i",)]
+        assert [Path(args.output_dir).name for _, args in stages] == ["stage-1", "stage-2"]
+    with pytest.raises(SystemExit):
+        pdtr.main(["--help"])
+    assert "--gate_max_drop" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "stages: found none, expected a list"),
+        ({"stages": []}, r"stages: found \[\], expected a list of mappings"),
         ({"stages": [{"eval_n": 3}]}, r"stages\[0\]: found eval_n"),
         ({"stages": [{"gate_action": "hope"}]}, r"stages\[0\]: gate_action: found 'hope'"),
         ({"stages": [{"gate_max_drop": 2}]}, r"stages\[0\]: gate_max_drop: found 2"),

@@ -22,7 +22,7 @@ from .evaluate import evaluate
 from .make import Stages, check_overrides, publish, recipe, results_table
 from .questions import KINDS
 from .sheet import result_sheet
-from .vlm import build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
+from .vlm import QuestionDataset, build_vlm, build_vlm_tokenizer, question_accuracy, train_vlm
 
 _CONFIG = Path(__file__).resolve().parent.parent / "configs" / "metaquery_micro.yaml"
 
@@ -54,7 +54,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     if is_metaquery(folder):
         raise InputError("--base", found=f"{base}, a MetaQuery model", expected="a micro model with a text encoder")
     check_pipeline_folder(folder)
-    made = recipe(_CONFIG, QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG, KINDS)
+    asked = [(q.text, q.answer) for q in map(QuestionDataset(4 * len(KINDS), seed).__getitem__, range(4 * len(KINDS)))]
+    made = recipe(_CONFIG, QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG, KINDS, asked)
     settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides, "recipe": made}
     stages = Stages(work, settings)
     vlm_dir, run_dir = work / "vlm", work / "run"
@@ -88,7 +89,7 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
         for name, source in models.items():
             pipeline = open_model(source, torch_dtype=torch.float32)
             scores, drawn = evaluate(pipeline, HELD_OUT_COUNT, HELD_OUT_SEED)
-            compared[name] = {task: scores[task]["strict"] for task in ("t2i", "edit")}
+            compared[name] = {task: scores[task] for task in ("t2i", "edit")}
         save_sheet(result_sheet(drawn), work / "results.png")
         write_file(work / "results.json", json.dumps({**scores, "compared": compared}, indent=2) + "\n")
 
@@ -111,7 +112,8 @@ def card(command: str, minutes: dict, results: dict, runs: list[tuple]) -> str:
     asked = results["questions"]
     rows = [f"| {kind} | {accuracy:.3f} |" for kind, accuracy in asked["kinds"].items()]
     compared = [
-        f"| {name} | {found['t2i']:.3f} | {found['edit']:.3f} |" for name, found in results["compared"].items()
+        f"| {name} | {found['t2i']['strict']:.3f} | {found['edit']['strict']:.3f} |"
+        for name, found in results["compared"].items()
     ]
     steps = ", ".join(f"{args.max_steps} ({args.trainable})" for _, args in runs)
     total = sum(minutes.values())
