@@ -115,10 +115,10 @@ def main() -> None:
         reached = [minutes_to(curve, place, arguments.target) for curve in runs]
         told = ", ".join("never" if minutes is None else f"{minutes:.1f}" for minutes in reached)
         gained = ", ".join(f"{gain:+.3f}" for gain in gains)
-        print(
-            f"{method}: minutes to {arguments.target:g}: {told}; best {statistics.mean(best):.3f} ({best})", end="; "
+        figures = (
+            f"best {statistics.mean(best):.3f} ({best}); gain at the end {statistics.mean(gains):+.3f} ({gained})"
         )
-        print(f"gain at the end {statistics.mean(gains):+.3f} ({gained})")
+        print(f"{method}: minutes to {arguments.target:g}: {told}; {figures}")
 
 
 if __name__ == "__main__":

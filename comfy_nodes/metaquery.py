@@ -13,7 +13,6 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.sd
 import comfy.text_encoders.llama
 import comfy.text_encoders.qwen_vl
 import folder_paths
@@ -147,11 +146,11 @@ def _has_vision(patcher, transformer) -> bool:
 
 def _file_has_vision(patcher) -> bool:
     """Whether a file of Load CLIP has a vision encoder; True also where the files are not known or not safetensors."""
-    load, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
-    if load is None or load is not getattr(comfy.sd, "load_clip_model_patcher", None):
+    files = published.loaded_from(patcher, "load_clip_model_patcher")
+    if files is None:
         return True
     try:
-        return any("visual." in key for path in arguments[0] for key in read_header(path).shapes)
+        return any("visual." in key for path in files for key in read_header(path).shapes)
     except InputError:
         return True
 

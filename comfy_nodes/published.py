@@ -112,12 +112,18 @@ def with_trained_shift(model, path):
     return ModelSamplingSD3().patch(model, shift)[0]
 
 
+def loaded_from(patcher, loader: str):
+    """Return the file, or files, that a function of `comfy.sd` made a patcher of; None where that is not noted."""
+    load, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    return arguments[0] if load is not None and load is getattr(comfy.sd, loader, None) else None
+
+
 def warn_of_shift(model):
     """Log where a MODEL of Load Diffusion Model samples with another shift than its file was trained with."""
-    load, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
-    if load is not comfy.sd.load_diffusion_model:
+    file = loaded_from(model, "load_diffusion_model")
+    if file is None:
         return
-    path = Path(arguments[0])
+    path = Path(file)
     with suppress(InputError):  # not safetensors, or no longer there
         shift, used = trained_shift(read_header(path).metadata, path), model.get_model_object("model_sampling").shift
         if shift not in (None, used):

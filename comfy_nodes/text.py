@@ -8,7 +8,7 @@ from .micro_model import CLIP_KEY
 
 SD3_KEYS = {"l", "g", "t5xxl"}
 NAMES = {"l": "CLIP-L", "g": "CLIP-G", "t5xxl": "T5-XXL", CLIP_KEY: "the micro text encoder"}
-_PARTS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5xxl": "T5-XXL"}
+_PARTS = {"l": "clip_l", "g": "clip_g", "t5xxl": "t5xxl"}  # of ComfyUI's SD3 CLIP, by its tokens' keys
 TASKS = ("text-to-image", "edit")
 
 
@@ -40,9 +40,9 @@ def encode(clip, prompt: str, socket: str, task: str | None = None):
             expected="SD3's CLIP-L, CLIP-G and T5-XXL, or the text encoder of a micro model",
             remedy="Qwen2.5-VL belongs into UniPic2 MetaQuery Encode.",
         )
-    for part, name in _PARTS.items():
+    for key, part in _PARTS.items():
         if task is None and CLIP_KEY not in tokens and getattr(clip.patcher.model, part, clip) is None:
-            logging.warning("UniPic2 Text Encode: no %s is loaded; UniPic2 was trained with all three.", name)
+            logging.warning("UniPic2 Text Encode: no %s is loaded; UniPic2 was trained with all three.", NAMES[key])
     if task == "edit" and not prompt and CLIP_KEY not in tokens:  # micro models edit against nothing
         tokens = clip.tokenize(DEFAULT_EDIT_NEGATIVE_PROMPT, return_word_ids=True)
     kept, dropped = {}, []

@@ -298,6 +298,10 @@ def cast_file(path: str | Path, dtype: torch.dtype, metadata: dict[str, str] | N
     save_tensors(tensors, path, {**header.metadata, **(metadata or {})})
 
 
+def _without_shift(metadata: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
+
+
 def export_single_file(
     folder: str | Path,
     path: str | Path,
@@ -322,10 +326,9 @@ def export_single_file(
     kept = {k: v for k, v in read_header(component_files(part)[0]).metadata.items() if k.startswith(_OURS)}
     scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():  # it may be newer than the weights, of which a part was not trained again
-        kept = {k: v for k, v in kept.items() if k not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
-        kept |= shift_of_scheduler(read_json(scheduler, "a scheduler's settings"))
-    if {SHIFT_KEY, DYNAMIC_SHIFT_KEY} & (metadata or {}).keys():
-        kept = {k: v for k, v in kept.items() if k not in (SHIFT_KEY, DYNAMIC_SHIFT_KEY)}
+        kept = _without_shift(kept) | shift_of_scheduler(read_json(scheduler, "a scheduler's settings"))
+    if metadata is not None and _without_shift(metadata) != metadata:
+        kept = _without_shift(kept)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     save_tensors(tensors, path, {"format": "pt", **kept, "unipic2.format": DIFFUSERS_SD3, **(metadata or {})})

@@ -258,12 +258,8 @@ class FlowGRPOTrainer(KontextTrainer):
         args, count = self.args, self.args.steps_per_generation
         if args.estimator == "diffusion_nft" or args.beta or args.ema_beta or args.torch_compile:
             return order.split(self._train_batch_size)
-        taught = teaches[order]
-        kept = int(taught.sum())
-        if kept < count:
-            order = order[taught.logical_not().long().argsort(stable=True)][:count]
-            return order.split(1)
-        return order[taught].tensor_split(count)
+        order = order[teaches[order].long().argsort(descending=True, stable=True)]  # those that teach come first
+        return order[: max(count, int(teaches.sum()))].tensor_split(count)
 
     def _text(self, generation: dict, part: torch.Tensor) -> dict:
         """Return the conditions of some samples."""

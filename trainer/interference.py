@@ -5,6 +5,7 @@ All measurings draw the same prompts and edits with the same noise, so differenc
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,12 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, tup
 
 def has_fallen(before: np.ndarray, after: np.ndarray, max_drop: float) -> bool:
     """Whether a task has lost more than `max_drop`, and not by chance: the whole interval is below 0."""
-    difference, (_, high) = paired_difference(before, after)
-    return difference < -max_drop and high < 0
+    return is_fall(*paired_difference(before, after), max_drop)
+
+
+def is_fall(difference: float, interval: Sequence[float], max_drop: float) -> bool:
+    """Whether a paired difference is a loss of more than `max_drop`, and none by chance."""
+    return difference < -max_drop and interval[1] < 0
 
 
 def _difference(before: np.ndarray, after: np.ndarray) -> dict | None:

@@ -14,13 +14,17 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .metaquery_pipeline import load_transformer
 
 
+def _file_of(path: Path) -> Path:
+    return path / LORA_WEIGHTS_FILE if path.is_dir() else path
+
+
 def add_lora(pipeline: StableDiffusion3KontextPipeline, path: Path) -> Path:
     """Put a LoRA on a pipeline's transformer: an exported folder, or diffusers' file; returns the file.
 
     Raises:
         InputError: no such file, or one that is not for this transformer.
     """
-    file = path / LORA_WEIGHTS_FILE if path.is_dir() else path
+    file = _file_of(path)
     try:
         pipeline.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True)
         found = None if getattr(pipeline.transformer, "peft_config", None) else "nothing for this transformer"
@@ -42,15 +46,14 @@ def merged(folder: Path, path: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     Raises:
         InputError: see `add_lora`; or it has layers of text encoders, too.
     """
-    transformer = load_transformer(folder, torch.float32)
-    others = dict.fromkeys(name for name in signature(StableDiffusion3KontextPipeline).parameters)
-    pipeline = StableDiffusion3KontextPipeline(**{**others, "transformer": transformer})
-    file = path / LORA_WEIGHTS_FILE if path.is_dir() else path
+    file = _file_of(path)
     layers = read_header(file).shapes if file.is_file() else {}
     if other := next((key for key in layers if key.startswith("text_encoder")), None):
         expected = "layers of the transformer alone: the file has no text encoder"
         raise InputError(f"--lora {file}", found=other, expected=expected)
-    add_lora(pipeline, path)
+    transformer = load_transformer(folder, torch.float32)
+    others = dict.fromkeys(signature(StableDiffusion3KontextPipeline).parameters)
+    add_lora(StableDiffusion3KontextPipeline(**{**others, "transformer": transformer}), path)
     transformer.fuse_lora()
     transformer.unload_lora()
     beside = file.with_name(COMFYUI_LORA)

@@ -21,7 +21,7 @@ from .flow_grpo_config import FlowGRPOConfig
 from .gates import GATE_ACTIONS, GateCallback
 from .grpo import GRPOArguments, check_columns, check_task, grpo, load_rows
 from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_out
-from .interference import INTERFERENCE_FILE, figure_text, matrix, write_matrix
+from .interference import INTERFERENCE_FILE, figure_text, is_fall, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
 from .rewards.registry import JUDGES, RewardArguments
@@ -284,8 +284,8 @@ class _Progress:
         figures = matrix(self.measured(last), script_args.gate_max_drop)
         write_matrix(self.output_dir / INTERFERENCE_FILE, figures)
         for stage, tasks in figures.items():
-            drift = tasks.get("edit", {}).get("drift", {"difference": 0.0, "interval": [0.0, 0.0]})
-            if drift["difference"] < -script_args.gate_max_drop and drift["interval"][1] < 0:
+            drift = tasks.get("edit", {}).get("drift")
+            if drift is not None and is_fall(**drift, max_drop=script_args.gate_max_drop):
                 less = f"{drift['difference']:+.3f} since the start"
                 sys.stderr.write(f"{stage}: edits leave less of their source as it was ({less})\n")
             for task, entry in tasks.items():
@@ -336,7 +336,7 @@ def matrix_table(figures: dict[str, dict[str, dict]]) -> str:
             cells.append(f"<td>{'' if share is None else f'{share:.3f} '}{_difference_text(edit.get('drift'))}")
         rows.append("<tr>" + "".join(cells))
     notes = "Strict accuracy with intervals of 95 %; changes are paired."
-    if any("preserved" in tasks.get("edit", {}) for tasks in figures.values()):
+    if keeps:
         notes += (
             " Kept is how much of their sources edits leave as it was, pixel by pixel, with its change to the start."
         )

@@ -54,7 +54,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     if is_metaquery(folder):
         raise InputError("--base", found=f"{base}, a MetaQuery model", expected="a micro model with a text encoder")
     check_pipeline_folder(folder)
-    asked = [(q.text, q.answer) for q in map(QuestionDataset(4 * len(KINDS), seed).__getitem__, range(4 * len(KINDS)))]
+    sample = QuestionDataset(4 * len(KINDS), seed)
+    asked = [(question.text, question.answer) for question in (sample[i] for i in range(len(sample)))]
     made = recipe(_CONFIG, QWEN_TEXT_CONFIG, QWEN_VISION_CONFIG, KINDS, asked)
     settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides, "recipe": made}
     stages = Stages(work, settings)
