@@ -4,8 +4,8 @@
 
 Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
 weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
-as published: noise in all steps but the last, guidance and KL in training; `nft` has the estimator's
-settings of `pdtr_micro.yaml`, and in `nft_current` the current weights draw; `awm` has its authors' distance to an
+as published: noise in all steps but the last, guidance and KL in training; `nft` is what `unipic2 train
+grpo` does by default, and in `nft_current` the current weights draw; `awm` has its authors' distance to an
 average. A look has the method's own guidance, so that they begin at different accuracies; gains are to each one's own.
 Further flags are those of `unipic2 train grpo`, for all methods.
 """
@@ -22,12 +22,15 @@ from unipic2.trainer.micro.evaluate import evaluate
 
 METHODS = {
     "published": {
-        "dynamics": "flow_sde", "eta": 0.7, "sde_window": "fixed", "sde_window_size": 9, "sde_window_range": [0, 9],
-        "guidance_scale": 1.5, "beta": 0.04, "epsilon": 1e-4,
+        "estimator": "flow_grpo", "dynamics": "flow_sde", "eta": 0.7, "sde_window": "fixed", "sde_window_size": 9,
+        "sde_window_range": [0, 9], "guidance_scale": 1.5, "beta": 0.04, "epsilon": 1e-4, "ema_decay": 0.9,
     },
-    "cps": {"dynamics": "cps", "eta": 0.8, "sde_window_size": 3, "epsilon": 1e-3},
-    "nft_current": {"estimator": "diffusion_nft"},
-    "nft": {"estimator": "diffusion_nft", "old_policy": "average", "ema_decay": 0.8, "nft_beta": 0.1},
+    "cps": {
+        "estimator": "flow_grpo", "dynamics": "cps", "eta": 0.8, "sde_window_size": 3, "epsilon": 1e-3,
+        "ema_decay": 0.9,
+    },
+    "nft_current": {"estimator": "diffusion_nft", "old_policy": "current", "nft_beta": 1.0, "ema_decay": 0.9},
+    "nft": {},
     "awm": {"estimator": "awm", "advantage_clip": 1.0, "ema_beta": 1.0, "ema_decay": 0.3},
 }  # fmt: skip
 _EVAL_SEED = 99
@@ -65,7 +68,7 @@ def flags(method: str, seed: int, task: str, folder: str) -> list[str]:
         "model_name_or_path": "micro-pretrained", "output_dir": folder, "reward_funcs": "micro_soft", "seed": seed,
         "edit_ratio": float(task == "edit"), "max_steps": 100_000, "per_device_train_batch_size": 96,
         "num_generations": 12, "num_inference_steps": 10, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
-        "bf16": True, "ema_decay": 0.9, "save_strategy": "no", "report_to": "none", "preview_steps": 0,
+        "bf16": True, "save_strategy": "no", "report_to": "none", "preview_steps": 0,
         "logging_steps": 50, "disable_tqdm": True, "use_cpu": True, **METHODS[method],
     }  # fmt: skip
     argv: list[str] = []

@@ -1,6 +1,6 @@
 """Settings of `FlowGRPOTrainer`, under TRL's names where its GRPO trainer has the same."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..core.errors import InputError, check_one_of, check_share
 from .advantages import AGGREGATIONS, SCALE_REWARDS
@@ -13,6 +13,12 @@ ESTIMATORS = (*POLICY_GRADIENTS, *MATCHING)
 OLD_POLICIES = ("current", "average")
 EPSILONS = {"flow_grpo": 1e-4, "grpo_guard": 2e-6, "diffusion_nft": 0.0, "awm": 1.0}
 """Clip ranges as published, by estimator; diffusion_nft has none."""
+READ_BY = {
+    "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "kl_scaling": POLICY_GRADIENTS,
+    "sde_window": POLICY_GRADIENTS, "sde_window_size": POLICY_GRADIENTS, "noise_weighting": POLICY_GRADIENTS,
+    "old_policy": MATCHING, "train_timesteps": MATCHING, "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
+}  # fmt: skip
+"""Settings that these estimators alone read."""
 
 
 @dataclass
@@ -24,10 +30,10 @@ class FlowGRPOConfig(KontextConfig):
     """
 
     estimator: str = field(
-        default="flow_grpo",
+        default="diffusion_nft",
         metadata={
-            "help": "flow_grpo, grpo_guard (for dynamics flow_sde), diffusion_nft or awm; the last two learn from "
-            "finished pictures, without noisy steps."
+            "help": "diffusion_nft or awm, which learn from finished pictures, without noisy steps; flow_grpo, or "
+            "grpo_guard (for dynamics flow_sde)."
         },
     )
     num_generations: int = field(default=12, metadata={"help": "Pictures of a group: of one prompt and source."})
@@ -77,14 +83,25 @@ class FlowGRPOConfig(KontextConfig):
         default=3,
         metadata={"help": "diffusion_nft, awm: noise levels of the schedule that each picture is learned at."},
     )
-    old_policy: str = field(
-        default="current",
+    old_policy: str | None = field(
+        default=None,
         metadata={
             "help": "diffusion_nft, awm: what draws the pictures, and what losses compare with: the current weights, "
-            "or their average, which is DiffusionNFT's slow copy and steadier; it wants an ema_decay of 0.5 to 0.9."
+            "or their average, which is DiffusionNFT's slow copy and steadier; it wants an ema_decay of 0.5 to 0.9. "
+            "Default average for diffusion_nft with use_ema, else current."
         },
     )
-    nft_beta: float = field(default=1.0, metadata={"help": "diffusion_nft: how far good and bad lie from the model."})
+    nft_beta: float = field(
+        default=0.1,
+        metadata={"help": "diffusion_nft: how far good and bad lie from the old model; 1 moves more slowly."},
+    )
+    ema_decay: float = field(
+        default=0.8,
+        metadata={
+            "help": "Highest decay at an update of the average, which is exported, and of which DiffusionNFT draws; "
+            "update n has at most 1 - n ** -0.75."
+        },
+    )
     awm_power: float = field(default=0.25, metadata={"help": "awm: power of its generalised Huber function."})
     ema_beta: float = field(
         default=0.0,
@@ -109,6 +126,8 @@ class FlowGRPOConfig(KontextConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.old_policy is None:
+            self.old_policy = "average" if self.estimator == "diffusion_nft" and self.use_ema else "current"
         for name, known in (
             ("estimator", ESTIMATORS), ("kl_scaling", KL_SCALINGS), ("scale_rewards", SCALE_REWARDS),
             ("multi_objective_aggregation", AGGREGATIONS), ("dynamics", DYNAMICS), ("sde_window", SDE_WINDOWS),
@@ -172,6 +191,15 @@ class FlowGRPOConfig(KontextConfig):
                     found=f"{steps} steps of {self.gradient_accumulation_steps} batches",
                     expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
                 )
+
+    def without_effect(self) -> list[str]:
+        """Return the settings, other than their defaults, that this estimator does not read."""
+        defaults = {f.name: f.default for f in fields(self) if f.name in READ_BY and f.name != "old_policy"}
+        return [
+            name
+            for name, default in defaults.items()
+            if self.estimator not in READ_BY[name] and getattr(self, name) != default
+        ]
 
     def _check_window(self) -> None:
         first, last = (*self.sde_window_range, 0, 0)[:2]

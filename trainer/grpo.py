@@ -139,6 +139,8 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "num_iterations": args.num_iterations,
     }
     check_identity(args, identity, resumed)
+    if (unread := args.without_effect()) and args.process_index == 0:
+        sys.stderr.write(f"{', '.join(unread)}: no effect with estimator {args.estimator}\n")
     previews = previews_of(script_args, args, rows)
     trainer = FlowGRPOTrainer(pipeline, rewards, args, rows, previews=previews, peft_config=peft_config)
     if script_args.lora_name_or_path is not None:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from ..core.errors import InputError
 from ..core.micro import BUNDLED_MODELS
-from .flow_grpo_config import MATCHING, POLICY_GRADIENTS
+from .flow_grpo_config import READ_BY
 
 _SHOWN = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "muon_learning_rate",
@@ -17,11 +17,6 @@ _SHOWN = (
     "old_policy", "nft_beta", "awm_power", "train_timesteps", "num_inference_steps", "guidance_scale", "beta",
     "positions", "vision_dropout", "vlm_lora_r", "vlm_lora_alpha", "ema_decay", "seed",
 )  # fmt: skip
-_OF_ESTIMATORS = {
-    "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "old_policy": MATCHING, "train_timesteps": MATCHING,
-    "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
-}  # fmt: skip
-"""Settings that these estimators alone read."""
 _OF_LORA = ("vlm_lora_r", "vlm_lora_alpha")
 _USE_LORA = """`comfyui_lora.safetensors` goes into ComfyUI's `models/loras`, for the stock LoRA loaders.
 `pytorch_lora_weights.safetensors` holds the same weights for diffusers' `load_lora_weights`."""
@@ -84,7 +79,7 @@ def model_card(
     estimator = getattr(args, "estimator", None)
     use = _USE_LORA if lora else _USE_METAQUERY if metaquery else _USE_MODEL
     what = "A LoRA" if lora else "A MetaQuery model" if metaquery else "A transformer"
-    shown = [name for name in _SHOWN if name in settings and estimator in _OF_ESTIMATORS.get(name, (estimator,))]
+    shown = [name for name in _SHOWN if name in settings and estimator in READ_BY.get(name, (estimator,))]
     rows = [f"| {name} | {getattr(args, name)} |" for name in shown if name not in _OF_LORA or args.vlm_lora_r]
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",

@@ -89,6 +89,9 @@ def load_pack():
         "nodes_differential_diffusion.py",
         "nodes_hooks.py",
         "nodes_context_windows.py",
+        "nodes_custom_sampler.py",
+        "nodes_perpneg.py",
+        "nodes_model_merging.py",
     ):  # stock nodes that the workflows and cases use
         asyncio.run(nodes.load_custom_node(str(ROOT / "comfy_extras" / path), module_parent="comfy_extras"))
     folder_paths.add_model_folder_path("unipic2", str(MODELS))
@@ -223,6 +226,10 @@ def sampling(model, clip, vae):
     # One picture: ComfyUI 0.3.64's EasyCache cannot take more.
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
     easycache(model, conds, latent)
+    lazycache(model, conds, latent)
+    guiders(model, conds, latent)
+    inpaint_conditioning(model, conds, vae)
+    interrupted(model, conds, latent)
 
 
 def local_masks(model, positive, negative, vae):
@@ -311,6 +318,109 @@ def easycache(model, conds, latent):
     (exact,) = node("EasyCache", model=model, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False)
     (sampled,) = nodes.KSampler().sample(exact, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
     outputs["sampling.easycache_exact"] = model.model.process_latent_in(sampled["samples"])
+
+
+def lazycache(model, conds, latent):
+    """The simpler stock node, which wraps the whole model: in steps that it leaves out nothing runs."""
+    runs = []
+    hook = model.model.diffusion_model.joint_blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    for name, threshold in (("saves", 3.0), ("exact", 0.0)):
+        values = {"reuse_threshold": threshold, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+        (cached,) = node("LazyCache", model=model, **values)
+        runs.clear()
+        (sampled,) = nodes.KSampler().sample(cached, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        report[f"lazycache_runs.{name}"] = len(runs)
+        outputs[f"sampling.lazycache_{name}"] = model.model.process_latent_in(sampled["samples"])
+    hook.remove()
+
+
+def guiders(model, conds, latent):
+    """Stock guiders of three prompts, with values at which they are what KSampler does with two."""
+    positive, negative = conds
+    (dual,) = node("DualCFGGuider", model=model, cond1=positive, cond2=positive, negative=negative, cfg_conds=1.5,
+                   cfg_cond2_negative=CFG, style="regular")  # fmt: skip
+    (perpendicular,) = node("PerpNegGuider", model=model, positive=positive, negative=negative,
+                            empty_conditioning=negative, cfg=CFG, neg_scale=1.0)  # fmt: skip
+    (sampler,) = node("KSamplerSelect", sampler_name="euler")
+    (sigmas,) = node("BasicScheduler", model=model, scheduler="normal", steps=STEPS, denoise=1.0)
+    (noise,) = node("RandomNoise", noise_seed=SEED)
+    for name, guider in (("dual", dual), ("perpendicular", perpendicular)):
+        sampled, _ = node("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                          latent_image=latent)  # fmt: skip
+        outputs[f"sampling.guider_{name}"] = model.model.process_latent_in(sampled["samples"])
+
+
+def inpaint_conditioning(model, conds, vae):
+    """Stock InpaintModelConditioning behind UniPic2 Reference: the mask alone counts, SD3 has no input for more."""
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:48, 32:64] = 1
+    *conds, latent = nodes.InpaintModelConditioning().encode(*conds, INPUTS["image"][:1], vae, mask)
+    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    outputs["sampling.inpaint"] = sampled["samples"]
+
+
+def interrupted(model, conds, latent):
+    """Cancel in the third step, then draw again."""
+    seen = []
+
+    def cancel(executor, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == 3:
+            mm.interrupt_current_processing()
+        mm.throw_exception_if_processing_interrupted()
+        return executor(*args, **kwargs)
+
+    stopped = model.clone()
+    stopped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cancel", cancel)
+    try:
+        nodes.KSampler().sample(stopped, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        report["interrupted"] = "no"
+    except mm.InterruptProcessingException:
+        report["interrupted"] = len(seen)
+    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    outputs["sampling.after_interrupt"] = model.model.process_latent_in(sampled["samples"])
+
+
+def compiled(editing):
+    """What TorchCompileModel does, but for machine code, whose compiler is not everywhere: traced graphs are run."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    target = editing.clone()
+    set_torch_compile_wrapper(model=target, backend=note)
+    latent, reference = INPUTS["latents"][:1], INPUTS["latents"][1:]
+    values = {"pooled_output": torch.ones(1, 128), "reference_latents": [reference]}
+    conds = [[torch.ones(1, 4, 128), values]]
+    for name, model in (("plain", editing), ("compiled", target)):
+        args = (model, SEED, 2, CFG, "euler", "normal", conds, [[torch.zeros(1, 4, 128), values]])
+        (sampled,) = nodes.KSampler().sample(*args, {"samples": torch.zeros_like(latent)})
+        outputs[f"compile.{name}"] = sampled["samples"]
+    report["compiled_nodes"] = sum(graphs)
+
+
+def merging(model, editing):
+    """Two models by ModelMergeSimple, saved by ModelSave, loaded by the one-click loader."""
+    other = model.clone()
+    key = "diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
+    change = torch.randn(comfy.utils.get_attr(model.model, key).shape, generator=torch.Generator().manual_seed(9))
+    other.add_patches({key: (0.1 * change,)})
+    (half,) = nodes.NODE_CLASS_MAPPINGS["ModelMergeSimple"]().merge(editing, other, 0.5)
+    outputs["merge.half"] = predict(half, "96x64x1", reference=True)
+    direct = editing.clone()
+    direct.add_patches({key: (0.05 * change,)})
+    outputs["merge.direct"] = predict(direct, "96x64x1", reference=True)
+    folder = WORK / "diffusion_models"
+    saver = nodes.NODE_CLASS_MAPPINGS["ModelSave"]()
+    saver.output_dir = str(folder)
+    saver.save(half, "merged")
+    (file,) = folder.glob("merged*.safetensors")
+    found, _ = node("UniPic2Loader", model=file.name, weight_dtype="default")
+    outputs["merge.saved"] = predict(found, "96x64x1", reference=True)
 
 
 def in_place(editing):
@@ -911,6 +1021,8 @@ def main():
             lora: (model, editing),
             single_file: (),
             loader: (model, vae),
+            merging: (model, editing),
+            compiled: (editing,),
             preview: (model, vae),
             controlnet: (editing,),
             further_gpu: (editing,),

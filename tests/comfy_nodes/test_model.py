@@ -92,6 +92,20 @@ def test_a_lora_with_unknown_keys_is_reported(comfyui):
     assert difference(comfyui[0]["lora.unknown"], comfyui[0]["lora.behind"]) == 0
 
 
+def test_merged_by_the_stock_node_saved_and_loaded(comfyui):
+    tensors, _ = comfyui
+    half = tensors["merge.half"]
+    assert (half - tensors["forward.96x64x1.edit"]).abs().max() > 1e-3
+    for name in ("direct", "saved"):
+        assert (half - tensors[f"merge.{name}"]).abs().max() <= 1e-5, name
+
+
+def test_the_stock_compilation_runs_the_editing_transformer(comfyui):
+    tensors, report = comfyui
+    assert report["compiled_nodes"] > 100
+    assert (tensors["compile.plain"] - tensors["compile.compiled"]).abs().max() <= 1e-4
+
+
 def test_a_clone_with_another_model_runs_that_model(comfyui):
     tensors, report = comfyui
     assert report["clone_runs_its_own_model"]

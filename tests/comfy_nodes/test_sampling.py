@@ -69,6 +69,26 @@ def test_easycache_that_leaves_nothing_out_changes_nothing(comfyui):
     assert report["input_left_alone"], "what EasyCache writes into its input must not reach the sampler"
 
 
+def test_the_stock_lazycache(comfyui):
+    tensors, report = comfyui
+    assert 0 < report["lazycache_runs.saves"] < report["lazycache_runs.exact"] == STEPS
+    assert torch.isfinite(tensors["sampling.lazycache_saves"]).all()
+    assert (tensors["sampling.lazycache_exact"] - tensors["sampling.edit.latents"]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["dual", "perpendicular"])
+def test_stock_guiders_of_three_prompts(comfyui, name):
+    """Each of the three has the reference: with such values they do what KSampler does with two."""
+    tensors, _ = comfyui
+    assert (tensors[f"sampling.guider_{name}"] - tensors["sampling.edit.latents"]).abs().max() <= 1e-4
+
+
+def test_an_interrupted_edit_leaves_the_model_as_it_was(comfyui):
+    tensors, report = comfyui
+    assert report["interrupted"] == 3
+    assert torch.equal(tensors["sampling.after_interrupt"], tensors["sampling.edit.latents"])
+
+
 @pytest.mark.parametrize("name", ["batch", "width"])
 def test_an_edit_in_context_windows(comfyui, name):
     """Stock Context Windows: each window sees its own references, or its own part of them."""
@@ -93,6 +113,11 @@ def test_a_local_edit_keeps_the_rest(comfyui, way):
     inside[2:6, 4:8] = True
     assert (local - picture).abs()[..., ~inside].max() < 1e-5
     assert (local - picture).abs()[..., inside].mean() > 0.1
+
+
+def test_the_stock_inpainting_conditioning_is_a_local_edit(comfyui):
+    tensors, _ = comfyui
+    assert (tensors["sampling.inpaint"] - tensors["sampling.local"]).abs().max() <= 1e-5
 
 
 def test_a_mask_of_all_there_is_edits_it_all(comfyui):

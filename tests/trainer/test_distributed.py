@@ -158,7 +158,7 @@ def test_pdtr_on_two_processes(tmp_path, make_small_pipeline, pairs_file, own_da
     model = tmp_path / "model"
     make_small_pipeline().save_pretrained(model)
     settings = SETTINGS.replace("edit_ratio: 0.5\n", "stages: [{edit_ratio: 1.0}, {edit_ratio: 0.0}]\n")
-    settings += "reward_funcs: [micro_soft]\nnum_generations: 2\nnum_inference_steps: 3\nsde_window_size: 1\n"
+    settings += "reward_funcs: [micro_soft]\nnum_generations: 2\nnum_inference_steps: 3\n"
     settings += "eval_n: 6\neval_inference_steps: 2\ngate_steps: 1\ngate_n: 5\n"
     data = pairs_file if own_data else "micro"
     if own_data:  # each stage's second look finds nothing right

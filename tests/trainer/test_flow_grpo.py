@@ -27,8 +27,9 @@ def redness(prompts, images, **columns):
 def make_trainer(make_small_pipeline, tmp_path):
     def make(name="run", reward=redness, peft=False, dataset=None, **settings):
         settings = {
-            "max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 3, "learning_rate": 1e-3,
-            "num_inference_steps": 4, "sde_window_size": 2, "lr_scheduler_type": "constant", "report_to": "none",
+            "estimator": "flow_grpo", "max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 3,
+            "learning_rate": 1e-3, "num_inference_steps": 4, "sde_window_size": 2, "lr_scheduler_type": "constant",
+            "report_to": "none",
             "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "seed": 5,
             "preview_steps": 0, **settings,
         }  # fmt: skip
@@ -476,6 +477,16 @@ def test_a_stopped_run_equals_one_that_was_not(make_trainer, settings):
 def test_settings_that_cannot_be(make_trainer, settings, found):
     with pytest.raises(InputError, match=found):
         make_trainer(**settings)
+
+
+def test_the_default_is_diffusion_nft_by_the_average(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 2}
+    args = FlowGRPOConfig(**settings)
+    assert (args.estimator, args.old_policy, args.ema_decay, args.nft_beta) == ("diffusion_nft", "average", 0.8, 0.1)
+    for others in ({"estimator": "awm"}, {"use_ema": False}, {"estimator": "flow_grpo"}):
+        assert FlowGRPOConfig(**settings, **others).old_policy == "current"
+    args = FlowGRPOConfig(**settings, eta=0.5, sde_window_size=2, awm_power=0.5, train_timesteps=2)
+    assert args.without_effect() == ["eta", "sde_window_size", "awm_power"]
 
 
 def test_rows_of_the_micro_world():

@@ -59,8 +59,8 @@ def test_a_card_names_the_repository_it_started_from(argv):
 
 
 def test_a_card_has_the_settings_of_its_estimator_and_no_bundled_base(tmp_path):
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "old_policy": "average", "num_generations": 2}
-    args = FlowGRPOConfig(estimator="diffusion_nft", **settings)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "nft_beta": 1.0, "num_generations": 2}
+    args = FlowGRPOConfig(**settings)
     text = hub.model_card("x", "micro-pretrained", ["micro"], args, 7, lora=False)
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
     assert "| old_policy | average |" in text and "| nft_beta | 1.0 |" in text

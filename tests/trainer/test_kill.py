@@ -16,7 +16,8 @@ STEPS = 12
 
 
 REWARDED = {
-    "reward_funcs": ["tone.redness"], "num_generations": 2, "num_inference_steps": 3, "sde_window_size": 1,
+    "estimator": "flow_grpo", "reward_funcs": ["tone.redness"], "num_generations": 2, "num_inference_steps": 3,
+    "sde_window_size": 1,
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 4, "logging_steps": 1, "preview_steps": 0,
     "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "report_to": "none", "disable_tqdm": True,
     "export_dtype": "float32", "use_cpu": True, "eval_n": 6, "eval_inference_steps": 2, "gate_steps": 1, "gate_n": 2,

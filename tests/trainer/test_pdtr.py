@@ -24,7 +24,7 @@ def config(tmp_path, make_small_pipeline, tone):
     def write(**settings):
         content = {
             "model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"),
-            "dataset_name": "micro",
+            "dataset_name": "micro", "estimator": "flow_grpo",
             "reward_funcs": [tone, "micro_soft", "preservation"], "use_cpu": True, "max_steps": 2,
             "learning_rate": 1e-3,
             "per_device_train_batch_size": 4, "num_generations": 2, "num_inference_steps": 3, "sde_window_size": 1,
@@ -76,8 +76,9 @@ def test_grpo_from_the_command_line(config, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("estimator", ["diffusion_nft", "awm"])
-def test_other_estimators_by_name(config, tmp_path, estimator):
+def test_other_estimators_by_name(config, tmp_path, capsys, estimator):
     assert main(["train", "grpo", *config(estimator=estimator, preview_steps=0)]) == 0
+    assert f"sde_window_size: no effect with estimator {estimator}\n" in capsys.readouterr().err
     assert estimator in (tmp_path / "run/export/README.md").read_text()
 
 
