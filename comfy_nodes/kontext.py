@@ -45,6 +45,8 @@ def enable_editing(model):
             expected="SD3 (the MMDiT of Stable Diffusion 3.5, which UniPic2-SD3.5M-Kontext is built on)",
             remedy="Load the UniPic2 transformer with Load Diffusion Model, or use UniPic2 Micro Loader.",
         )
+    if not any(getattr(b.x_block, "x_block_self_attn", False) for b in model.model.diffusion_model.joint_blocks):
+        logging.warning("UniPic2: this model lacks the second attention of Stable Diffusion 3.5 Medium.")
     patched = model.clone()
     if not isinstance(model.get_model_object("diffusion_model.forward"), KontextForward):
         _patch(patched)
@@ -123,7 +125,10 @@ def _prepare_sampling(executor, patcher, noise_shape, conds, *args, **kwargs):
     The estimate asks each cond alone; what the batch is, to which a reference is repeated, is said to it here.
     """
     _put_on(patcher)
-    edits = {name: any(cond.get("reference_latents") for cond in part) for name, part in conds.items() if part}
+    edits = {name: {bool(cond.get("reference_latents")) for cond in part} for name, part in conds.items() if part}
+    for name in [name for name, kinds in edits.items() if len(kinds) > 1]:
+        logging.warning("UniPic2: of what is combined in %s, one part has a reference and one has none.", name)
+    edits = {name: any(kinds) for name, kinds in edits.items()}
     if any(edits.values()) and not all(edits.values()):
         names = (", ".join(name for name, edit in edits.items() if edit is kind) for kind in (False, True))
         logging.warning("UniPic2: %s has no reference, %s has one; UniPic2 Reference takes both prompts.", *names)

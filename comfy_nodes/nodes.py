@@ -361,7 +361,7 @@ class UniPic2PasteBack(_Node):
                     default=16,
                     min=0,
                     max=512,
-                    tooltip="Pixels of the original over which the edit fades out around the mask.",
+                    tooltip="Pixels of the original over which the edit fades out: around a mask, at cropped edges.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -390,7 +390,7 @@ class UniPic2Reference(_Node):
             category=CATEGORY,
             description=(
                 "Make a picture the reference of an edit. Both prompts get it, as UniPic2 was trained, and the "
-                "empty latent has its size. The model needs UniPic2 Enable Editing."
+                "latent has its size. The model needs UniPic2 Enable Editing."
             ),
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The encoded instruction."),
@@ -417,7 +417,7 @@ class UniPic2Reference(_Node):
                 io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the reference."),
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="For the sampler: empty, of the picture's size and batch; with a mask the picture and it.",
+                    tooltip="For the sampler: the picture's own, which denoise 1 hides, and the mask.",
                 ),
             ],
         )
@@ -426,11 +426,13 @@ class UniPic2Reference(_Node):
     def run(cls, positive, negative, vae, image, mask=None) -> io.NodeOutput:
         latents = pictures.encode_reference(vae, image, cls.NAME)
         values = {"reference_latents": [latents]}
-        latent = {"samples": torch.zeros_like(latents)} if mask is None else pictures.masked(latents, mask)
+        # The picture's own also without a mask: full noise hides them, and stock nodes that add a mask need them.
+        size = image.shape[2], image.shape[1]
+        latent = {"samples": latents} if mask is None else pictures.masked(latents, mask, size, cls.NAME)
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, values, append=True),
             node_helpers.conditioning_set_values(negative, values, append=True),
-            {**latent, "downscale_ratio_spacial": 8},
+            latent,
         )
 
 

@@ -10,6 +10,7 @@ from .kontext import LATENT_CHANNELS
 
 PATCH_PIXELS = 16
 """Pixels per token edge: the VAE shrinks by 8, the transformer reads patches of 2 latents."""
+_SAME_SHAPE = 0.05  # of width to height: edges become multiples of 32
 
 
 def to_rgb(image, socket: str):
@@ -62,7 +63,8 @@ def paste_back(edited, original, placement: Placement, mask, feather: int, node:
         placement: of `resize_for_editing`.
         mask: MASK (B, H, W) of the original, or as it is drawn (`resize_mask`): 1 takes the edit, 0 keeps the
             original; None takes all of the edit.
-        feather: pixels of the original over which the mask fades, outside of it.
+        feather: pixels of the original over which the mask fades, outside of it; and, inside, the edges of a part
+            that was cropped.
 
     Raises:
         InputError: another picture than the placement's, an edit of another shape, or batches that do not fit.
@@ -92,11 +94,10 @@ def paste_back(edited, original, placement: Placement, mask, feather: int, node:
     left, top, right, bottom = placement.source
     part = _resized(_cut(edited, box), (right - left, bottom - top), "bicubic").clamp(0, 1).to(original.dtype)
     result = original.expand(count, -1, -1, -1).clone()
-    if mask is None:
-        result[..., top:bottom, left:right] = part
-    else:
-        weight = _feathered(mask, feather).to(part.dtype)[..., top:bottom, left:right]
-        result[..., top:bottom, left:right] = torch.lerp(result[..., top:bottom, left:right], part, weight)
+    weight = _fading_edges(placement, feather).to(part)
+    if mask is not None:
+        weight = weight * _feathered(mask, feather).to(part)[..., top:bottom, left:right]
+    result[..., top:bottom, left:right] = torch.lerp(result[..., top:bottom, left:right], part, weight)
     return result.movedim(1, -1)
 
 
@@ -141,6 +142,20 @@ def _mask_of_original(mask, placement: Placement):
 def _at_size(mask, size: tuple[int, int]):
     """Return a MASK (B, H, W) or (H, W) as (B, 1, H, W) at (width, height), as ComfyUI stretches masks."""
     return _resized(mask.reshape(-1, 1, *mask.shape[-2:]).float(), size, "bilinear")
+
+
+def _fading_edges(placement: Placement, width: int):
+    """Return weights (H, W) of the part that was edited: 1, and less near those of its edges that were cropped."""
+    edges, scales = placement.source, []
+    for axis in (1, 0):  # rows, columns
+        low, high = edges[axis], edges[axis + 2]
+        places, weight = torch.arange(low, high) + 0.5, torch.ones(high - low)
+        if low > 0:
+            weight = torch.minimum(weight, (places - low) / max(width, 1))
+        if high < placement.original[axis]:
+            weight = torch.minimum(weight, (high - places) / max(width, 1))
+        scales.append(weight if width else torch.ones_like(weight))
+    return scales[0][:, None] * scales[1]
 
 
 def _feathered(mask, width: int):
@@ -188,16 +203,34 @@ def encode_reference(vae, image, node: str):
     return latents
 
 
-def masked(latents, mask):
+def masked(latents, mask, size: tuple[int, int], node: str):
     """Return the LATENT of a local edit: the picture's own latents, and where noise may change them.
 
     Args:
         latents: (B, 16, H/8, W/8) of the picture.
-        mask: MASK (B, H, W), 1 where the picture may change.
+        mask: MASK (B, H, W), 1 where the picture may change; one, or one for each picture.
+        size: (width, height) of the picture in pixels; a mask of another shape is stretched to it, which is told.
+        node: what errors name.
+
+    Raises:
+        InputError: nothing is masked, or masks and pictures are not as many.
     """
-    if not mask.any():
-        logging.warning("UniPic2: the mask is empty, so nothing of the picture will change.")
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if not mask.any():
+        raise InputError(
+            f"{node}, mask",
+            found=f"none of its {mask.shape[-1]}x{mask.shape[-2]} pixels above 0, so nothing would change",
+            expected="1 where the picture may change",
+            remedy="Paint it (Open in MaskEditor, on Load Image), or disconnect it to edit all of the picture.",
+        )
+    if len(mask) not in (1, len(latents)):
+        raise InputError(f"{node}, mask", found=f"{len(mask)} of them", expected=f"1 or {len(latents)}, one a picture")
+    width, height = mask.shape[-1], mask.shape[-2]
+    if abs(width * size[1] - height * size[0]) > _SAME_SHAPE * height * size[0]:
+        logging.warning(
+            "%s: the mask (%dx%d) has another shape than the picture (%dx%d) and is stretched; where UniPic2 Edit "
+            "Image Size crops or pads, take the mask through it.", node, width, height, *size,
+        )  # fmt: skip
     if mask.shape[-2] >= latents.shape[-2] and mask.shape[-1] >= latents.shape[-1]:
         # A latent changes if any of its pixels may; ComfyUI's own shrinking would miss thin strokes.
         mask = torch.nn.functional.adaptive_max_pool2d(mask, latents.shape[-2:])

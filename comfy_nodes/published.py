@@ -45,7 +45,9 @@ _FIRST = "joint_blocks.0.context_block.attn.qkv.weight"  # what stands before it
 
 
 def available(models: dict[str, Path]) -> dict[str, Path]:
-    """Return name -> path: folders and files in `models/unipic2`, then all files in `models/diffusion_models`.
+    """Return name -> path: folders and files in `models/unipic2`, then those in `models/diffusion_models`.
+
+    A folder in the published layout among the latter is one entry, not the files in it.
 
     Args:
         models: the folders, `micro_model.available_models()`.
@@ -54,7 +56,14 @@ def available(models: dict[str, Path]) -> dict[str, Path]:
     for base in folder_paths.get_folder_paths(FOLDER_KEY):
         for file in sorted(Path(base).glob("*.safetensors")):
             found.setdefault(file.name, file)
-    return found | {name: path for name, path in listed("diffusion_models").items() if name not in found}
+    files, folders = listed("diffusion_models"), {}
+    for name, path in files.items():
+        part = Path(name).parent
+        if part.name == "transformer" and part.parent.name and (path.parent / "config.json").is_file():
+            folders[str(part.parent)] = path.parent.parent
+    roots = set(folders.values())
+    folders |= {name: path for name, path in files.items() if roots.isdisjoint(path.parents)}
+    return found | {name: path for name, path in folders.items() if name not in found}
 
 
 def listed(key: str) -> dict[str, Path]:
@@ -125,8 +134,9 @@ def warn_of_shift(model):
         return
     path = Path(file)
     with suppress(InputError):  # not safetensors, or no longer there
-        shift, used = trained_shift(read_header(path).metadata, path), model.get_model_object("model_sampling").shift
-        if shift not in (None, used):
+        shift = trained_shift(read_header(path).metadata, path)
+        used = getattr(model.get_model_object("model_sampling"), "shift", None)
+        if None not in (shift, used) and shift != used:
             remedy = "put ModelSamplingSD3 before UniPic2 Enable Editing, or take UniPic2 Loader"
             logging.warning("%s: trained with shift %g and sampled with %g; %s.", path.name, shift, used, remedy)
 
@@ -257,10 +267,12 @@ def _sd3_vae(path, weights: dict):
 
 @contextmanager
 def _mismatches_named(path):
-    """Name the file where torch says "size mismatch for ..."."""
+    """Name the file where torch says "size mismatch for ..."; ComfyUI knows what to do where memory runs out."""
     try:
         yield
     except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
         raise InputError(f"{path}", found="tensors that do not fit together", remedy=f"{error}") from error
 
 

@@ -15,6 +15,7 @@ _VISION_PIXELS = (
     56 * 56,
     12_845_056,
 )  # least and most that ComfyUI's and transformers' preprocessing leave as they are
+_MAX_ASPECT = 200  # of Qwen2.5-VL's own processor
 
 MAX_EDGE = 6144  # 384 position rows x 16 pixels: the end of SD3.5-Medium's position table
 
@@ -94,7 +95,8 @@ def vision_size(width: int, height: int) -> tuple[int, int]:
     """Return `(width, height)` in pixels at which Qwen2.5-VL sees a picture: exactly 28/32 of each edge, as published.
 
     Raises:
-        InputError: an edge is no multiple of 32, or the picture is too small or too large for the vision encoder.
+        InputError: an edge is no multiple of 32, or more than 200 times as long as the other, or the picture is too
+            small or too large for the vision encoder.
     """
     least, most = _VISION_PIXELS
     small = tuple(edge * VISION_UNIT // 32 for edge in (width, height))
@@ -106,6 +108,7 @@ def vision_size(width: int, height: int) -> tuple[int, int]:
             expected=f"edges that are multiples of 32 (nearest: {nearest[0]}x{nearest[1]}) and, at 28/32 of them, "
             f"{least:,} to {most:,} pixels, such as 64x64 to 4096x4096",
         )
+    _check_aspect(width, height)
     return small
 
 
@@ -118,9 +121,7 @@ def understanding_size(width: int, height: int) -> tuple[int, int]:
         InputError: an edge is below 1 pixel, or one is more than 200 times as long as the other.
     """
     least, most = _VISION_PIXELS
-    if min(width, height) < 1 or max(width, height) > 200 * min(width, height):
-        expected = "at least 1x1, edges at most 200 times as long as each other"
-        raise InputError("picture for Qwen2.5-VL", found=f"{width}x{height} pixels", expected=expected)
+    _check_aspect(width, height)
     edges = [round(edge / VISION_UNIT) * VISION_UNIT for edge in (width, height)]
     if edges[0] * edges[1] > most:
         scale = math.sqrt(width * height / most)
@@ -129,3 +130,9 @@ def understanding_size(width: int, height: int) -> tuple[int, int]:
         scale = math.sqrt(least / (width * height))
         edges = [math.ceil(edge * scale / VISION_UNIT) * VISION_UNIT for edge in (width, height)]
     return edges[0], edges[1]
+
+
+def _check_aspect(width: int, height: int) -> None:
+    if min(width, height) < 1 or max(width, height) > _MAX_ASPECT * min(width, height):
+        expected = f"at least 1x1, edges at most {_MAX_ASPECT} times as long as each other"
+        raise InputError("picture for Qwen2.5-VL", found=f"{width}x{height} pixels", expected=expected)

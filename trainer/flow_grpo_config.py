@@ -1,5 +1,6 @@
 """Settings of `FlowGRPOTrainer`, under TRL's names where its GRPO trainer has the same."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from ..core.errors import InputError, check_one_of, check_share
@@ -16,9 +17,12 @@ EPSILONS = {"flow_grpo": 1e-4, "grpo_guard": 2e-6, "diffusion_nft": 0.0, "awm": 
 READ_BY = {
     "dynamics": POLICY_GRADIENTS, "eta": POLICY_GRADIENTS, "kl_scaling": POLICY_GRADIENTS,
     "sde_window": POLICY_GRADIENTS, "sde_window_size": POLICY_GRADIENTS, "noise_weighting": POLICY_GRADIENTS,
-    "old_policy": MATCHING, "train_timesteps": MATCHING, "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
+    "sde_window_range": POLICY_GRADIENTS, "storage_dtype": POLICY_GRADIENTS,
+    "epsilon": (*POLICY_GRADIENTS, "awm"), "old_policy": MATCHING, "train_timesteps": MATCHING,
+    "nft_beta": ("diffusion_nft",), "awm_power": ("awm",),
 }  # fmt: skip
 """Settings that these estimators alone read."""
+_OLDEST = 20  # updates; pictures of older weights teach little about the present ones
 
 
 @dataclass
@@ -36,7 +40,7 @@ class FlowGRPOConfig(KontextConfig):
             "grpo_guard (for dynamics flow_sde)."
         },
     )
-    num_generations: int = field(default=12, metadata={"help": "Pictures of a group: of one prompt and source."})
+    num_generations: int = field(default=8, metadata={"help": "Pictures of a group: of one prompt and source."})
     num_iterations: int = field(default=1, metadata={"help": "Times that a generation is trained on."})
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Batches of a generation; default gradient_accumulation_steps."}
@@ -126,6 +130,12 @@ class FlowGRPOConfig(KontextConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        defaults = {f.name: f.default for f in fields(self) if f.name in READ_BY}
+        self._unread = [
+            name
+            for name, default in defaults.items()
+            if self.estimator not in READ_BY[name] and getattr(self, name) != default and name != "old_policy"
+        ]
         if self.old_policy is None:
             self.old_policy = "average" if self.estimator == "diffusion_nft" and self.use_ema else "current"
         for name, known in (
@@ -135,6 +145,10 @@ class FlowGRPOConfig(KontextConfig):
         ):  # fmt: skip
             check_one_of(name, getattr(self, name), known)
         check_share("edit_ratio", self.edit_ratio)
+        if self.train_text_encoder:
+            raise InputError("train_text_encoder", found="true", expected="false: rewards train the transformer alone")
+        if self.advantage_clip is not None and not self.advantage_clip > 0:
+            raise InputError("advantage_clip", found=self.advantage_clip, expected="a number above 0, or null")
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.epsilon_high is not None and self.estimator != "flow_grpo":
@@ -192,14 +206,20 @@ class FlowGRPOConfig(KontextConfig):
                     expected=f"whole generations, of {whole} batches, so that a run can go on exactly",
                 )
 
-    def without_effect(self) -> list[str]:
-        """Return the settings, other than their defaults, that this estimator does not read."""
-        defaults = {f.name: f.default for f in fields(self) if f.name in READ_BY and f.name != "old_policy"}
-        return [
-            name
-            for name, default in defaults.items()
-            if self.estimator not in READ_BY[name] and getattr(self, name) != default
-        ]
+    def warnings(self) -> list[str]:
+        """Return what of the settings is probably not meant, in sentences."""
+        found = []
+        if self._unread:
+            found.append(f"{', '.join(self._unread)}: no effect with estimator {self.estimator}")
+        age = self.ema_update_steps / (1 - self.ema_decay) if self.ema_decay < 1 else math.inf
+        if self.old_policy == "average" and age > _OLDEST:
+            found.append(
+                f"ema_decay {self.ema_decay}, ema_update_steps {self.ema_update_steps}: pictures are drawn by an "
+                f"average of about {age:.0f} updates; DiffusionNFT is usual with an ema_decay of 0.5 to 0.9"
+            )
+        if self.log_completions and not self.preview_steps:
+            found.append("log_completions: no sheets, as preview_steps is 0")
+        return found
 
     def _check_window(self) -> None:
         first, last = (*self.sde_window_range, 0, 0)[:2]

@@ -107,7 +107,6 @@ class FlowGRPOTrainer(KontextTrainer):
         InputError: see `KontextTrainer`.
     """
 
-    method = "flow grpo"
     can_be_sharded = False  # rollouts run outside the pass that gathers sharded weights
 
     def __init__(
@@ -124,6 +123,9 @@ class FlowGRPOTrainer(KontextTrainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._generation: dict | None = None
         self._batches_done: int | None = None
+        for warning in args.warnings() if args.process_index == 0 else ():
+            sys.stderr.write(f"{warning}\n")
+        self.method = args.estimator
         super().__init__(pipeline, args, train_dataset, previews, callbacks, peft_config)
         self.reference = None
         if args.beta and peft_config is None:
@@ -150,7 +152,9 @@ class FlowGRPOTrainer(KontextTrainer):
             buckets = getattr(data, "buckets", None)
             # So that optimizer steps say how many batches were done.
             turns = args.gradient_accumulation_steps // math.gcd(args.gradient_accumulation_steps, self._repeats)
-            blocks = TaskBlockSampler(data.is_edit, rows, args.edit_ratio, args.seed, buckets, args.world_size, turns)
+            blocks = TaskBlockSampler(
+                data.is_edit, rows, args.edit_ratio, args.draw_seed, buckets, args.world_size, turns
+            )
             return _RepeatedTurns(blocks, rows * args.world_size, self._repeats)
 
         return self._get_dataloader(_Remembered(SeededDraws(data), rows), "Training", rows, sampler, True)
@@ -215,7 +219,7 @@ class FlowGRPOTrainer(KontextTrainer):
                 drawn = rollout(
                     lambda latents, sigmas, text=text: self.velocity(model, latents, sigmas, text).float(),
                     noise[part].to(device), generation["sigmas"], args.dynamics, args.eta, window, step_noise[:, part],
-                    getattr(torch, args.storage_dtype), keep_means=self.learner.keeps_means,
+                    getattr(torch, args.storage_dtype),
                 )  # fmt: skip
                 parts.append(drawn)
                 beside.drawn(self._decode(drawn.latents))
@@ -229,6 +233,8 @@ class FlowGRPOTrainer(KontextTrainer):
         generation["batches"] = self._batches(order, generation["advantages"].cpu() != 0)
         if not self._on_policy:
             generation["kept"]["old"] = self._of_batches(self.learner.old, model, generation, len(groups))
+            if self.learner.keeps_means:
+                generation["kept"]["means"] = self._of_batches(self.learner.means, model, generation, len(groups))
         if args.ema_beta:
             with nullcontext() if args.old_policy == "average" else self.averaged_weights():
                 generation["kept"]["average"] = self._of_batches(self.learner.average, model, generation, len(groups))

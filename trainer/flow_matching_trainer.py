@@ -181,13 +181,15 @@ class FlowMatchingTrainer(KontextTrainer):
             ahead = args.gradient_accumulation_steps + args.dataloader_num_workers * (
                 args.dataloader_prefetch_factor or 2
             )
-            self._stream = data.sampler(self._train_batch_size, args.edit_ratio, args.seed, args.world_size, ahead + 4)
+            self._stream = data.sampler(
+                self._train_batch_size, args.edit_ratio, args.draw_seed, args.world_size, ahead + 4
+            )
             if self._resumed_from is not None:
                 self._stream.load(self._resumed_from)
             return self._stream
         buckets, turns = getattr(data, "buckets", None), args.gradient_accumulation_steps
         return TaskBlockSampler(
-            data.is_edit, self._train_batch_size, args.edit_ratio, args.seed, buckets, args.world_size, turns
+            data.is_edit, self._train_batch_size, args.edit_ratio, args.draw_seed, buckets, args.world_size, turns
         )
 
     def train(self, *args, **kwargs):

@@ -75,8 +75,6 @@ def check_task(script_args: GRPOArguments, args: FlowGRPOConfig) -> None:
     if script_args.use_peft and script_args.lora_dropout:
         expected = "0: pictures are drawn without it, and what is learned is compared with that"
         raise InputError("lora_dropout", found=script_args.lora_dropout, expected=expected)
-    if args.train_text_encoder:
-        raise InputError("train_text_encoder", found="true", expected="false: rewards train the transformer alone")
 
 
 def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig, pipeline, alone: bool = False):
@@ -134,13 +132,12 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "reward_funcs": script_args.reward_funcs,
         "estimator": args.estimator,
         "old_policy": args.old_policy,
+        "nft_beta": args.nft_beta,
         "num_generations": args.num_generations,
         "steps_per_generation": args.steps_per_generation,
         "num_iterations": args.num_iterations,
     }
     check_identity(args, identity, resumed)
-    if (unread := args.without_effect()) and args.process_index == 0:
-        sys.stderr.write(f"{', '.join(unread)}: no effect with estimator {args.estimator}\n")
     previews = previews_of(script_args, args, rows)
     trainer = FlowGRPOTrainer(pipeline, rewards, args, rows, previews=previews, peft_config=peft_config)
     if script_args.lora_name_or_path is not None:

@@ -93,6 +93,11 @@ class KontextConfig(TrainingArguments):
         the GPUs of judges; `--accelerate_config` trains on several."""
         return min(super().n_gpu, 1)
 
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the order of samples and their random choices: `data_seed`, or `seed` where there is none."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def __post_init__(self):
         super().__post_init__()
         if self.eval_strategy != "no":

@@ -20,6 +20,7 @@ from .metaquery_pipeline import (
 )
 from .metaquery_trainer import MetaQueryTrainer
 from .pretrain import PretrainArguments, fill_cache, identity_of, load_dataset
+from .query_states import token_ids
 from .script import (
     TEXT_ENCODERS,
     check_identity,
@@ -61,6 +62,13 @@ class MetaQueryArguments(PretrainArguments):
     connector_num_attention_heads: int | None = field(
         default=None,
         metadata={"help": "New connector: heads, default 64 wide, as ComfyUI takes them in files without config."},
+    )
+    query_init_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "New connector: words whose embeddings the queries begin with, again and again until there are "
+            "enough (PEFT's prompt_tuning_init_text); None begins with noise. Best what Qwen2.5-VL would answer with."
+        },
     )
     export_vlm: bool = field(
         default=False,
@@ -118,11 +126,28 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
             pooled_projection_dim=base.transformer.config.pooled_projection_dim,
             joint_attention_dim=base.transformer.config.joint_attention_dim,
         ).initialize(args.seed)
+        if script_args.query_init_text is not None:
+            begin_with(conditioner, script_args.query_init_text, **parts)
         pipeline = MetaQueryPipeline(base.transformer, base.scheduler, base.vae, conditioner=conditioner, **parts)
         pipeline.loaded_from, pipeline.given = folder, frozenset({*VLM_PARTS, "conditioner"})
         pipeline.vlm_name = script_args.vlm_name_or_path or PUBLISHED_VLM
     pipeline.writes_vlm = script_args.export_vlm
     return pipeline
+
+
+@torch.no_grad()
+def begin_with(conditioner: StableDiffusion3Conditioner, text: str, text_encoder, tokenizer) -> None:
+    """Set the queries to the embeddings of a text's tokens, in turn until there are enough (arXiv 2104.08691).
+
+    Raises:
+        InputError: the text has no tokens.
+    """
+    ids = token_ids(tokenizer, [text])
+    if not ids:
+        raise InputError("query_init_text", found=repr(text), expected="words, or null for noise")
+    turns = torch.arange(conditioner.num_queries) % len(ids)
+    embeddings = text_encoder.get_input_embeddings().weight
+    conditioner.meta_queries.copy_(embeddings[torch.tensor(ids)[turns].to(embeddings.device)])
 
 
 def _check_sizes(config: dict, num_queries: int | None, given: dict[str, int]) -> None:

@@ -33,19 +33,22 @@ class NoisySteps:
     def window(self, number: int) -> range:
         """Return the noisy steps of generation `number`."""
         args = self.args
-        rng = np.random.default_rng(derived_seed(args.seed + number, _WINDOW))
+        rng = np.random.default_rng(derived_seed(args.draw_seed + number, _WINDOW))
         start = window_start(args.sde_window, number, args.sde_window_size, *args.sde_window_range, rng)
         return range(start, start + args.sde_window_size)
 
     def keep(self, drawn: list[Rollout], sigmas: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Return what a generation keeps, each (S, N, ...), on the CPU."""
-        names = ("before", "after", *(("means",) if self.keeps_means else ()))
-        return {name: torch.cat([getattr(part, name).cpu() for part in drawn], dim=1) for name in names}
+        return {name: torch.cat([getattr(part, name).cpu() for part in drawn], dim=1) for name in ("before", "after")}
 
     def old(self, model, batch: dict) -> torch.Tensor:
         """Return what a later loss compares with: log-probabilities (S, B) under the model that drew the pictures."""
         steps, _ = self._steps(model, batch)
         return self._log_probs(batch, steps)
+
+    def means(self, model, batch: dict) -> torch.Tensor:
+        """Return the means (S, B, C, H, W) of the noisy steps under that model, which GRPO-Guard needs, too."""
+        return torch.stack([step.mean for step in self._steps(model, batch)[0]])
 
     def loss(self, model, batch: dict) -> torch.Tensor:
         """Return the loss of a batch's noisy steps, all of them alike or by their noise, plus the weighted KL."""
@@ -63,9 +66,8 @@ class NoisySteps:
             if self.keeps_means:
                 number = batch["steps"][place]
                 length = (batch["sigmas"][number] - batch["sigmas"][number + 1]).item()
-                found = guarded_loss(
-                    new[place], old[place], step, batch["means"][place], length, batch["advantages"], args.epsilon
-                )
+                mean = batch["means"][place] if "means" in batch else step.mean
+                found = guarded_loss(new[place], old[place], step, mean, length, batch["advantages"], args.epsilon)
             else:
                 found = policy_loss(new[place], old[place], batch["advantages"], args.epsilon, args.epsilon_high)
             loss = float(weight) * found.loss.mean()

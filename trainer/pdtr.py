@@ -81,7 +81,8 @@ class PDTRArguments(GRPOArguments):
         default=None, metadata={"help": "The same for edits; default strict_reward."}
     )
     gate_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps between checks of both tasks within a stage; 0 is none."}
+        default=100,
+        metadata={"help": "Optimizer steps between checks of both tasks within a stage, and at its end; 0 is none."},
     )
     gate_n: int = field(default=192, metadata={"help": "Prompts, and as many edits, of such a check."})
     gate_max_drop: float = field(

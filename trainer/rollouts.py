@@ -119,8 +119,6 @@ class Rollout:
     """(S, B, C, H, W), storage type: latents before each of the S noisy steps."""
     after: torch.Tensor
     """(S, B, C, H, W), storage type: what each step drew."""
-    means: torch.Tensor | None
-    """(S, B, C, H, W), float32: means of the steps under the model that drew them; None where they are not kept."""
     log_probs: torch.Tensor
     """(S, B), float32, under the model that drew them."""
     steps: tuple[int, ...]
@@ -161,7 +159,6 @@ def rollout(
     window: range,
     noise: torch.Tensor,
     storage_dtype: torch.dtype = torch.float32,
-    keep_means: bool = False,
 ) -> Rollout:
     """Draw pictures, with noise in the steps of `window` and without elsewhere.
 
@@ -175,7 +172,6 @@ def rollout(
         noise: (S, B, C, H, W), what the S noisy steps draw, standard normal: the caller draws it, so that pictures do
             not depend on how many are drawn at a time.
         storage_dtype: in which latents around noisy steps are kept.
-        keep_means: store the steps' means, too, as GRPO-Guard needs them.
 
     Raises:
         ValueError: a window beyond the last step but one, noise of another shape, or see `transition`.
@@ -187,7 +183,7 @@ def rollout(
     if window and not 0 <= window[0] <= window[-1] < len(schedule) - 2:
         raise ValueError(f"window: found {window}, expected steps 0 to {len(schedule) - 3}")
     latents = latents.float()
-    before, after, means, log_probs = [], [], [], []
+    before, after, log_probs = [], [], []
     for number, (sigma, next_sigma) in enumerate(zip(schedule, schedule[1:], strict=False)):
         if number in window:
             latents = latents.to(storage_dtype).float()
@@ -199,7 +195,6 @@ def rollout(
         drawn = (step.mean + step.std * noise[number - window[0]].to(latents)).to(storage_dtype)
         before.append(latents.to(storage_dtype))
         after.append(drawn)
-        means += [step.mean] if keep_means else []
         log_probs.append(log_prob(drawn, step))
         latents = drawn.float()
     empty = latents.new_empty(0, *latents.shape, dtype=storage_dtype)
@@ -207,7 +202,6 @@ def rollout(
         latents,
         torch.stack(before) if before else empty,
         torch.stack(after) if after else empty,
-        torch.stack(means) if means else None,
         torch.stack(log_probs) if log_probs else latents.new_empty(0, len(latents)),
         tuple(window),
     )

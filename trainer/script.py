@@ -255,6 +255,7 @@ def check_identity(args: KontextConfig, identity: dict, resumed: bool) -> None:
     """
     identity = identity | {
         "seed": args.seed,
+        "data_seed": args.data_seed,
         "use_ema": args.use_ema,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "batches of a step": args.gradient_accumulation_steps * args.world_size,

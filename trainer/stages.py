@@ -1,8 +1,8 @@
 """Training in stages, such as growing resolution: a list in one YAML, run one after another.
 
 Each stage is a run of its own in `output_dir/stage-N`, with the settings of the file and on top of them its own. It
-starts from the weights that the stage before exported (in float32, so that nothing is lost in between). What the last
-one exports is the result, in `output_dir/export`.
+starts from the weights that the stage before exported (in float32, so that nothing is lost in between), and has other
+draws (`data_seed`). What the last one exports is the result, in `output_dir/export`.
 """
 
 import gc
@@ -93,6 +93,8 @@ def parse_stages(
                 if number:
                     start = "--lora_name_or_path" if script_args.use_peft else "--model_name_or_path"
                     flags += [start, str(output_dir / f"stage-{number}" / "export")]
+                if number and whole.data_seed is None:  # else each stage would begin with the same samples and noise
+                    flags += ["--data_seed", str(whole.seed + number)]
                 if number + 1 < len(stages):
                     flags += ["--export_dtype", "float32"]
                 if whole.push_to_hub and whole.hub_model_id is None:

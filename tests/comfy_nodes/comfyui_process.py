@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.clip_vision  # noqa: E402
+import comfy.controlnet  # noqa: E402
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
@@ -211,7 +213,8 @@ def sampling(model, clip, vae):
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"])
     report["reference_keys"] = [len(part[0][1]["reference_latents"]) for part in conds]
     report["input_keys"] = ["reference_latents" in part[0][1] for part in (positive, negative)]
-    outputs["reference"], outputs["reference_empty"] = conds[0][0][1]["reference_latents"][0], latent["samples"]
+    outputs["reference"], outputs["reference_latent"] = conds[0][0][1]["reference_latents"][0], latent["samples"]
+    report["reference_latent_keys"] = list(latent)
     mask = torch.zeros(1, 64, 96)
     mask[:, 16:48, 32:64] = 1
     for name, values in (("", {}), ("_differential", {"strength": 1.0})):
@@ -227,6 +230,9 @@ def sampling(model, clip, vae):
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"][:1])
     easycache(model, conds, latent)
     lazycache(model, conds, latent)
+    stock_mask(model, conds, latent)
+    control_object(model, conds, latent)
+    two_references(model, conds, vae)
     guiders(model, conds, latent)
     inpaint_conditioning(model, conds, vae)
     interrupted(model, conds, latent)
@@ -240,6 +246,11 @@ def local_masks(model, positive, negative, vae):
     outputs["sampling.local_all"] = model.model.process_latent_in(sampled["samples"])
     stroke = torch.zeros(1, 331, 503)
     stroke[:, 100:103] = 1
+    tall = torch.ones(1, 96, 64)
+    with warnings_told() as told:
+        node("UniPic2Reference", **reference, mask=tall)
+        node("UniPic2Reference", **reference, mask=stroke)
+    report["told.mask"] = [text for text in told if "mask" in text]
     outputs["mask.stroke"] = node("UniPic2Reference", **reference, mask=stroke)[2]["noise_mask"]
 
 
@@ -305,6 +316,15 @@ def preview(model, vae):
     previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
     _, image, _ = previewer.decode_latent_to_preview_image("JPEG", INPUTS["latents"][:1])
     report["preview"] = [type(previewer).__name__, *image.size]
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
+    conds = [
+        [torch.zeros(1, 4, 128), {"pooled_output": torch.zeros(1, 128), "reference_latents": [INPUTS["latents"][:1]]}]
+    ]
+    nodes.KSampler().sample(model, 0, 3, CFG, "euler", "normal", conds, conds, {"samples": INPUTS["latents"][:1]})
+    comfy.utils.set_progress_bar_global_hook(None)
+    report["previews"] = [[value, total, *preview[1].size] for value, total, preview in seen]
+    latent_preview.args.preview_method = latent_preview.LatentPreviewMethod.NoPreviews
 
 
 def easycache(model, conds, latent):
@@ -348,6 +368,51 @@ def guiders(model, conds, latent):
         sampled, _ = node("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
                           latent_image=latent)  # fmt: skip
         outputs[f"sampling.guider_{name}"] = model.model.process_latent_in(sampled["samples"])
+
+
+def stock_mask(model, conds, latent):
+    """The stock node that sets a mask, behind UniPic2 Reference without one."""
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:48, 32:64] = 1
+    (local,) = nodes.SetLatentNoiseMask().set_mask(latent, mask)
+    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, local)
+    outputs["sampling.stock_mask"] = sampled["samples"]
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet that adds the same to every noisy token behind each block: a ramp, as norms take a constant out."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.calls = value, []
+
+    def copy(self):
+        return self
+
+    def get_control(self, x_noisy, *_args):
+        tokens = x_noisy.shape[-2] * x_noisy.shape[-1] // 4
+        self.calls.append(tokens)
+        residual = self.strength * self.value * torch.linspace(-1, 1, 192).expand(len(x_noisy), tokens, -1)
+        return {"input": [], "middle": [], "output": [residual] * 2}
+
+
+def control_object(model, conds, latent):
+    """An edit with the stock Apply ControlNet node: one that adds nothing, and one that does."""
+    for name, value in (("nothing", 0.0), ("something", 0.3)):
+        net = Residuals(value)
+        applied = nodes.ControlNetApplyAdvanced().apply_controlnet(*conds, net, INPUTS["image"][:1], 1.0, 0.0, 1.0)
+        (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *applied, latent)
+        outputs[f"sampling.control_{name}"] = model.model.process_latent_in(sampled["samples"])
+        report[f"control_{name}"] = sorted(set(net.calls))
+
+
+def two_references(model, conds, vae):
+    """A second UniPic2 Reference, of another size, behind the first."""
+    square = INPUTS["image"][:1, :, 16:80]
+    *both, latent = node("UniPic2Reference", positive=conds[0], negative=conds[1], vae=vae, image=square)
+    report["two_references"] = [[list(r.shape[-2:]) for r in part[0][1]["reference_latents"]] for part in both]
+    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *both, latent)
+    outputs["sampling.two_references"] = sampled["samples"]
 
 
 def inpaint_conditioning(model, conds, vae):
@@ -440,8 +505,10 @@ def lora(model, editing):
     """A LoRA through ComfyUI's loader, before and behind Enable Editing."""
     file = load_file(WORK / "lora.safetensors")
 
+    folder_paths.add_model_folder_path("loras", str(WORK))
+
     def apply(target):
-        return comfy.sd.load_lora_for_models(target, None, dict(file), 1.0, 0.0)[0]
+        return nodes.LoraLoaderModelOnly().load_lora_model_only(target, "lora.safetensors", 1.0)[0]
 
     case = "96x64x1"
     outputs["lora.behind"] = predict(apply(editing), case, reference=True)
@@ -449,7 +516,8 @@ def lora(model, editing):
     known = next(key for key in file if "transformer_blocks.0." in key and key.endswith(".lora_A.weight"))
     file |= {known.replace("transformer_blocks.0.", "transformer_blocks.99."): file[known]}
     with warnings_told() as told:
-        outputs["lora.unknown"] = predict(apply(editing), case, reference=True)
+        other, _ = comfy.sd.load_lora_for_models(editing, None, file, 1.0, 0.0)
+        outputs["lora.unknown"] = predict(other, case, reference=True)
     report["lora_unknown"] = told
     low_vram(apply(editing))
 
@@ -481,6 +549,10 @@ def silent_faults(model, clip, vae):
         with warnings_told() as told:
             node("UniPic2EnableEditing", model=comfy.sd.load_diffusion_model(str(WORK / f"{name}.safetensors")))
         report[f"told.{name}"] = [text for text in told if "shift" in text]
+    (combined,) = nodes.ConditioningCombine().combine(edit, positive)
+    with warnings_told() as told:
+        nodes.KSampler().sample(editing, 0, 1, 1.0, "euler", "normal", combined, edit, latent)
+    report["told.combined"] = [text for text in told if "has none" in text]
     small = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
     target = ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(t5=False, dtype_t5=None))
     clips = comfy.sd.CLIP(target, model_options={"clip_l_model_config": small, "clip_g_model_config": small})
@@ -508,7 +580,9 @@ def single_file():
 def loader(model, vae):
     """The one-click loader on every form that a model comes in."""
     files = WORK / "diffusion_models"
-    folder_paths.add_model_folder_path("diffusion_models", str(files))
+    for kind in ("diffusion_models", "checkpoints"):
+        folder_paths.add_model_folder_path(kind, str(files))
+    shutil.copytree(Path(MODELS, "sharded"), files / "whole")
     weights = {key: tensor.contiguous() for key, tensor in model.model.diffusion_model.state_dict().items()}
     save_file(weights, files / "comfyui.safetensors")
     parts = {f"first_stage_model.{key}": tensor for key, tensor in vae.first_stage_model.state_dict().items()}
@@ -518,13 +592,21 @@ def loader(model, vae):
         file = f"{file}.safetensors"
         (files / file).write_bytes((WORK / file).read_bytes())
     before = [file.read_bytes() for file in sorted(Path(MODELS, "sharded").rglob("*.safetensors"))]
-    for name in ("random", "sharded", "sharded", "single", "comfyui", "checkpoint"):
-        chosen = name if name in ("random", "sharded") else f"{name}.safetensors"
+    offered = nodes.NODE_CLASS_MAPPINGS["UniPic2Loader"].INPUT_TYPES()["required"]["model"][1]["options"]
+    report["loader_whole"] = sorted(name for name in offered if "whole" in name)
+    for name in ("random", "sharded", "sharded", "single", "comfyui", "checkpoint", "whole"):
+        chosen = name if name in ("random", "sharded", "whole") else f"{name}.safetensors"
         found, own = node("UniPic2Loader", model=chosen, weight_dtype="default")
         outputs[f"loader.{name}"] = predict(found, "96x64x1", reference=True)
         if name in ("sharded", "checkpoint"):
             outputs[f"loader.{name}.vae"] = own.encode(INPUTS["image"])
     after = [file.read_bytes() for file in sorted(Path(MODELS, "sharded").rglob("*.safetensors"))]
+    stock = {
+        "unet": nodes.UNETLoader().load_unet("single.safetensors", "default")[0],
+        "checkpoint": nodes.CheckpointLoaderSimple().load_checkpoint("checkpoint.safetensors")[0],
+    }
+    for name, found in stock.items():
+        outputs[f"stock.{name}"] = predict(node("UniPic2EnableEditing", model=found)[0], "96x64x1", reference=True)
     report["loader_left_files"] = len(before) > 3 and before == after
     small, _ = node("UniPic2Loader", model="single.safetensors", weight_dtype="fp8_e4m3fn")
     report["loader_fp8"] = str(small.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight.dtype)
@@ -626,7 +708,6 @@ def metaquery():
 
 def lora_of_qwen(clip, connector):
     """A LoRA of the language model by the stock loader, and what is left of it on the CLIP that it was loaded on."""
-    folder_paths.add_model_folder_path("loras", str(WORK))
     _, patched = nodes.LoraLoader().load_lora(None, clip, "qwen_lora.safetensors", 0.0, 1.0)
     common = {"connector": connector, "prompt": METAQUERY_PROMPTS[0], "negative_prompt": "", "positions": "1d"}
     for name, chosen in (("with", patched), ("without", clip)):
@@ -913,6 +994,8 @@ def errors(model, clip, vae):
         "no_clip": lambda: node("UniPic2TextEncode", clip=None, prompt="", negative_prompt=""),
         "wrong_clip": lambda: node("UniPic2TextEncode", clip=Flux(), prompt="", negative_prompt=""),
         "unknown_model": lambda: node("UniPic2MicroLoader", model="absent"),
+        "empty_mask": lambda: node("UniPic2Reference", **reference, image=image, mask=torch.zeros(1, 64, 64)),
+        "masks": lambda: node("UniPic2Reference", **reference, image=image, mask=torch.ones(3, 64, 96)),
         "wrong_reference": lambda: sample_with_reference(model, positive, negative),
         "too_large": lambda: sample_with_reference(model, positive, negative, (16, 64, 8)),
         "too_many": lambda: sample_with_reference(model, positive, negative, (16, 8, 8), 2),
@@ -992,6 +1075,10 @@ def paste_back():
         (outputs[f"paste.{fit}.feathered"],) = node(
             "UniPic2PasteBack", image=black, **{**back, "mask": mask, "feather": 10}
         )
+    cropped, *_, placement = node("UniPic2EditImageSize", image=original, longer_edge=256, multiple=64, fit="crop")
+    report["paste.crop_edges"] = [placement.source, placement.original]
+    black_part = {"image": torch.zeros_like(cropped), "original": original, "placement": placement, "feather": 8}
+    (outputs["paste.crop_edges"],) = node("UniPic2PasteBack", **black_part)
     whole = node("UniPic2EditImageSize", image=original, longer_edge=256, multiple=32, fit="pad")[3]
     outputs["paste.whole_mask"] = whole
     collect({

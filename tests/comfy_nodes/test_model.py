@@ -92,6 +92,18 @@ def test_a_lora_with_unknown_keys_is_reported(comfyui):
     assert difference(comfyui[0]["lora.unknown"], comfyui[0]["lora.behind"]) == 0
 
 
+@pytest.mark.parametrize("name", ["unet", "checkpoint"])
+def test_stock_loaders_and_enable_editing(comfyui, pipeline, inputs, name):
+    expected = reference_forward(pipeline.transformer, inputs, "96x64x1", edit=True)
+    assert difference(comfyui[0][f"stock.{name}"], expected) <= TOLERANCE
+
+
+def test_a_published_folder_among_the_stock_models_is_one_entry(comfyui, pipeline, inputs):
+    assert comfyui[1]["loader_whole"] == ["whole"]
+    expected = reference_forward(pipeline.transformer, inputs, "96x64x1", edit=True)
+    assert difference(comfyui[0]["loader.whole"], expected) <= TOLERANCE
+
+
 def test_merged_by_the_stock_node_saved_and_loaded(comfyui):
     tensors, _ = comfyui
     half = tensors["merge.half"]

@@ -108,6 +108,8 @@ REFUSALS = {
     "no_clip": ("UniPic2 Text Encode, clip",),
     "wrong_clip": ("UniPic2 Text Encode, clip", "l, t5xxl", "CLIP-G"),
     "unknown_model": ("UniPic2 Micro Loader, model", "'absent'", "'random'"),
+    "empty_mask": ("UniPic2 Reference, mask", "64x64 pixels above 0", "MaskEditor"),
+    "masks": ("UniPic2 Reference, mask", "3 of them", "1 or 2"),
     "wrong_reference": ("reference latent", "(1, 4, 8, 8)", "16"),
     "too_large": ("picture to sample", "64x512 pixels", "at most 256x256"),
     "too_many": ("reference latent", "2 references for a batch of 1", "Rebatch Images"),
@@ -213,6 +215,18 @@ def test_a_mask_holds_the_edit_to_its_place(comfyui, inputs, fit):
     scale = (right - left) / (source[2] - source[0]), (bottom - top) / (source[3] - source[1])
     assert abs(small.sum() - 80 * 100 * scale[0] * scale[1]) < 0.01 * small.sum()
     assert small[0, top + round((100 - source[1]) * scale[1]), left + round((150 - source[0]) * scale[0])] == 1
+
+
+def test_cropped_edges_fade(comfyui, inputs):
+    """A black edit of the middle: no seam where it was cut off, and none drawn where the picture itself ends."""
+    tensors, report = comfyui
+    (left, top, right, bottom), (width, height) = report["paste.crop_edges"]
+    assert (top, bottom) == (0, height) and 0 < left < right < width
+    share = (tensors["paste.crop_edges"] / inputs["photo"].clamp(min=1e-3))[0, height // 2].mean(-1)
+    assert share[:left].sub(1).abs().max() < 1e-5 and share[right:].sub(1).abs().max() < 1e-5
+    assert share[left + 9 : right - 9].max() < 1e-5
+    fade = share[left : left + 8]
+    assert (fade.diff() < 0).all() and fade[0] > 0.9 and fade[-1] < 0.1
 
 
 def test_padding_is_not_in_the_mask(comfyui):

@@ -26,8 +26,9 @@ def test_vae_decodes_like_diffusers(comfyui, pipeline, inputs):
 def test_reference_holds_the_unscaled_latents_for_both_prompts(comfyui):
     tensors, report = comfyui
     assert torch.equal(tensors["reference"], tensors["vae.latents"])
-    assert tensors["reference_empty"].shape == tensors["reference"].shape
-    assert not tensors["reference_empty"].any()
+    # Its own also for the sampler: full noise hides them, as `test_ksampler_equals_the_pipeline` shows.
+    assert torch.equal(tensors["reference_latent"], tensors["reference"])
+    assert report["reference_latent_keys"] == ["samples"]
     assert report["reference_keys"] == [1, 1]
     assert report["input_keys"] == [False, False], "the incoming conditioning was changed"
 
@@ -120,6 +121,31 @@ def test_the_stock_inpainting_conditioning_is_a_local_edit(comfyui):
     assert (tensors["sampling.inpaint"] - tensors["sampling.local"]).abs().max() <= 1e-5
 
 
+def test_the_stock_mask_behind_a_reference_keeps_the_picture(comfyui):
+    tensors, _ = comfyui
+    local, picture = tensors["sampling.stock_mask"], tensors["vae.latents"][:1]
+    outside = torch.ones(8, 12, dtype=torch.bool)
+    outside[1:7, 3:9] = False  # stock masks shrink softly
+    assert (local - picture).abs()[..., outside].max() < 1e-5
+    assert (local - picture).abs()[..., 3:5, 5:7].mean() > 0.1
+
+
+def test_an_edit_with_a_stock_controlnet(comfyui):
+    tensors, report = comfyui
+    plain = tensors["sampling.edit.latents"]
+    assert (tensors["sampling.control_nothing"] - plain).abs().max() <= 1e-5
+    something = tensors["sampling.control_something"]
+    assert (something - plain).abs().max() > 1e-2 and torch.isfinite(something).all()
+    assert report["control_nothing"] == report["control_something"] == [24]
+
+
+def test_two_references_one_behind_the_other(comfyui):
+    tensors, report = comfyui
+    assert report["two_references"] == [[[8, 12], [8, 8]]] * 2
+    assert tensors["sampling.two_references"].shape == (1, 16, 8, 8)
+    assert torch.isfinite(tensors["sampling.two_references"]).all()
+
+
 def test_a_mask_of_all_there_is_edits_it_all(comfyui):
     tensors, _ = comfyui
     assert (tensors["sampling.local_all"] - tensors["sampling.edit.latents"]).abs().max() <= 1e-5
@@ -144,6 +170,9 @@ def test_what_would_be_worse_without_a_word_is_told(comfyui):
     (half,) = report["told.half"]
     assert "negative has no reference, positive has one" in half
     assert not report["told.none"] and not report["told.both"]
+    assert len(report["told.combined"]) == 1 and "combined in positive" in report["told.combined"][0]
+    (mask,) = report["told.mask"]
+    assert "the mask (64x96) has another shape than the picture (96x64)" in mask
     (shift,) = report["told.shifted"]
     assert "shifted.safetensors: trained with shift" in shift and "sampled with 3" in shift
     assert not report["told.single"]
@@ -152,3 +181,4 @@ def test_what_would_be_worse_without_a_word_is_told(comfyui):
 
 def test_a_taesd_preview(comfyui):
     assert comfyui[1]["preview"] == ["TAESDPreviewerImpl", 96, 64]
+    assert comfyui[1]["previews"] == [[step, 3, 96, 64] for step in (1, 2, 3)], "one in each step of a KSampler"

@@ -165,3 +165,8 @@ def test_the_size_at_which_qwen_is_asked(size, seen):
 def test_a_picture_that_qwen_is_not_asked_about(size):
     with pytest.raises(InputError, match="200 times"):
         understanding_size(*size)
+
+
+def test_a_picture_to_edit_that_is_too_long():
+    with pytest.raises(InputError, match="6432x32 pixels, expected at least 1x1, edges at most 200 times"):
+        vision_size(6432, 32)

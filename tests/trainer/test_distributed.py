@@ -130,7 +130,7 @@ def falling(prompts, images, **columns):
 """
 
 
-@pytest.mark.parametrize("estimator", ["flow_grpo", "awm --old_policy average"])
+@pytest.mark.parametrize("estimator", ["flow_grpo", "diffusion_nft", "awm --old_policy average"])
 def test_groups_stay_whole_over_two_processes(tmp_path, make_small_pipeline, tone, estimator):
     """Rewards are of the same groups, so two processes train what one does that draws both generations itself."""
     model = tmp_path / "model"
@@ -159,6 +159,7 @@ def test_pdtr_on_two_processes(tmp_path, make_small_pipeline, pairs_file, own_da
     make_small_pipeline().save_pretrained(model)
     settings = SETTINGS.replace("edit_ratio: 0.5\n", "stages: [{edit_ratio: 1.0}, {edit_ratio: 0.0}]\n")
     settings += "reward_funcs: [micro_soft]\nnum_generations: 2\nnum_inference_steps: 3\n"
+    settings += f"estimator: {'flow_grpo' if own_data else 'diffusion_nft'}\nsde_window_size: 1\n"
     settings += "eval_n: 6\neval_inference_steps: 2\ngate_steps: 1\ngate_n: 5\n"
     data = pairs_file if own_data else "micro"
     if own_data:  # each stage's second look finds nothing right

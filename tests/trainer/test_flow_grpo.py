@@ -232,15 +232,16 @@ def test_what_is_rewarded_becomes_likelier(make_trainer):
     [
         {"dynamics": "cps", "eta": 0.8},
         {"dynamics": "flow_sde", "eta": 0.7},
-        {"estimator": "diffusion_nft"},
+        {"estimator": "diffusion_nft", "nft_beta": 1.0},
+        {"estimator": "diffusion_nft", "use_ema": True},
         {"estimator": "awm"},
     ],
     ids=str,
 )
 def test_the_reward_rises(make_trainer, settings):
-    trainer = make_trainer(
-        max_steps=24, per_device_train_batch_size=16, num_generations=8, learning_rate=3e-3, use_ema=False, **settings
-    )
+    """By current weights; DiffusionNFT also by the average, as is its default."""
+    rates = {"max_steps": 24, "per_device_train_batch_size": 16, "num_generations": 8, "learning_rate": 3e-3}
+    trainer = make_trainer(**{**rates, "use_ema": False, **settings})
     trained(trainer)
     rewards = logged(trainer, "reward")
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.02, rewards
@@ -318,6 +319,17 @@ def test_old_probabilities_are_of_the_batches_of_the_loss(make_trainer):
     assert len(left_out) == 6 and not trainer._generation["kept"]["old"][:, left_out].any()
 
 
+def test_what_grpo_guard_compares_with_is_of_the_batches_of_the_loss(make_trainer):
+    settings = {"estimator": "grpo_guard", "dynamics": "flow_sde", "steps_per_generation": 2, "num_iterations": 2}
+    trainer = trained(make_trainer(max_steps=1, learning_rate=0.0, **settings))
+    kept, model = trainer._generation["kept"], trainer.trained_model().eval()
+    with torch.no_grad():
+        for part in trainer._generation["batches"]:
+            again = trainer.learner.means(model, trainer._batch(part)).cpu()
+            assert torch.equal(again, kept["means"][:, part])
+    assert logged(trainer, "ratio") == [1.0]
+
+
 def test_samples_that_the_loss_still_uses_are_kept(make_trainer):
     """Those of a KL, and DiffusionNFT's, which draw to the old model."""
     for settings in ({"beta": 0.1}, {"estimator": "diffusion_nft"}, {"estimator": "awm", "ema_beta": 1.0}):
@@ -357,9 +369,10 @@ def test_the_same_seed_gives_the_same_weights(make_trainer):
     assert not differences(weights(one), weights(two))
 
 
-def test_accumulation_equals_one_large_batch(make_trainer):
+@pytest.mark.parametrize("estimator", ["flow_grpo", "diffusion_nft"])
+def test_accumulation_equals_one_large_batch(make_trainer, estimator):
     """One generation of 12 pictures, in one batch of 12 or in four of 3."""
-    settings = {"max_steps": 1, "edit_ratio": 1.0}
+    settings = {"max_steps": 1, "edit_ratio": 1.0, "estimator": estimator}
     whole = make_trainer("whole", per_device_train_batch_size=12, **settings)
     parts = make_trainer("parts", per_device_train_batch_size=3, gradient_accumulation_steps=4, **settings)
     start = weights(whole)
@@ -373,8 +386,9 @@ def test_accumulation_equals_one_large_batch(make_trainer):
 @pytest.mark.parametrize("estimator", ["diffusion_nft", "awm"])
 def test_old_velocities_are_those_of_the_model_that_drew(make_trainer, estimator):
     """A generation trained on twice: the first time the loss is what it is without old ones kept."""
-    kept = make_trainer("kept", estimator=estimator, num_iterations=2, max_steps=1)
-    alone = make_trainer("alone", estimator=estimator, max_steps=1)
+    settings = {"estimator": estimator, "old_policy": "current", "max_steps": 1}
+    kept = make_trainer("kept", num_iterations=2, **settings)
+    alone = make_trainer("alone", **settings)
     assert not kept._on_policy and alone._on_policy
     trained(kept), trained(alone)
     assert "old" in kept._generation["kept"] and "old" not in alone._generation["kept"]
@@ -438,6 +452,7 @@ def test_matching_is_held_by_the_distance_to_the_start(make_trainer):
         {"peft": True, "beta": 0.1},
         {"estimator": "diffusion_nft", "num_iterations": 2},
         {"estimator": "diffusion_nft", "old_policy": "average", "ema_decay": 0.8},
+        {"estimator": "diffusion_nft", "peft": True},
         {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "dataset": MicroTasks(5, 5)},
     ],
     ids=str,
@@ -485,8 +500,13 @@ def test_the_default_is_diffusion_nft_by_the_average(tmp_path):
     assert (args.estimator, args.old_policy, args.ema_decay, args.nft_beta) == ("diffusion_nft", "average", 0.8, 0.1)
     for others in ({"estimator": "awm"}, {"use_ema": False}, {"estimator": "flow_grpo"}):
         assert FlowGRPOConfig(**settings, **others).old_policy == "current"
-    args = FlowGRPOConfig(**settings, eta=0.5, sde_window_size=2, awm_power=0.5, train_timesteps=2)
-    assert args.without_effect() == ["eta", "sde_window_size", "awm_power"]
+    assert not args.warnings()
+    args = FlowGRPOConfig(**settings, eta=0.5, sde_window_size=2, epsilon=0.1, awm_power=0.5, train_timesteps=2)
+    unread = "epsilon, eta, sde_window_size, awm_power: no effect with estimator diffusion_nft"
+    assert args.warnings() == [unread]
+    slow = {"ema_decay": 0.99, "log_completions": True, "preview_steps": 0}
+    old, sheets = FlowGRPOConfig(**settings, **slow).warnings()
+    assert "an average of about 100 updates" in old and sheets.startswith("log_completions: no sheets")
 
 
 def test_rows_of_the_micro_world():

@@ -19,7 +19,7 @@ from transformers import (
 )  # fmt: skip
 from unipic2.core.errors import InputError
 from unipic2.trainer.rewards.clip import Clip, ClipScore
-from unipic2.trainer.rewards.geneval import COLORS, Found, GenEval, Mask2Former, relations
+from unipic2.trainer.rewards.geneval import COLORS, Found, GenEval, Mask2Former, read_clauses, relations
 from unipic2.trainer.rewards.registry import RewardArguments
 
 PICTURE = Image.new("RGB", (100, 100), "white")
@@ -55,6 +55,11 @@ def test_counts_are_exact(n, soft):
     objects = [thing("cup")] * n + [thing("dog")]
     assert reward(objects, [{"class": "cup", "count": 3}], tag="counting") == pytest.approx(soft)
     assert reward(objects, [{"class": "cup", "count": 3}], strict=True) == float(n == 3)
+
+
+@pytest.mark.parametrize("count", [2.0, "2"])
+def test_counts_of_other_types_are_numbers(count):
+    assert read_clauses([{"class": "cup", "count": count}], "row") == [{"class": "cup", "count": 2}]
 
 
 def test_counting_asks_for_more_certainty():

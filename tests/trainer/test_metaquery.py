@@ -776,6 +776,23 @@ def test_the_command_trains_a_new_connector_and_exports(
     assert load_metaquery(script_args, args).conditioner.num_queries == 3
 
 
+def test_queries_of_a_new_connector_may_begin_with_words(make_pipeline, make_small_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    make_small_pipeline().save_pretrained(tmp_path / "base")
+    argv = [
+        "--model_name_or_path", str(tmp_path / "base"), "--vlm_name_or_path", str(tmp_path / "mq"), "--output_dir",
+        str(tmp_path / "run"), "--use_cpu", "--num_queries", "7", "--connector_hidden_size", "64",
+        "--connector_intermediate_size", "64", "--connector_num_hidden_layers", "1",
+    ]  # fmt: skip
+    pipe = load_metaquery(*parse([*argv, "--query_init_text", "red circle"]))
+    ids = pipe.tokenizer("red circle").input_ids
+    words = pipe.text_encoder.get_input_embeddings().weight[[ids[i % len(ids)] for i in range(7)]]
+    assert torch.equal(pipe.conditioner.meta_queries, words)
+    assert pipe.conditioner.meta_queries.requires_grad
+    with pytest.raises(InputError, match="query_init_text: found '', expected words"):
+        load_metaquery(*parse([*argv, "--query_init_text", ""]))
+
+
 @pytest.mark.parametrize("name", ["metaquery_micro", "metaquery_sd35m"])
 def test_shipped_configs_parse(name, tmp_path):
     path = Path(metaquery.__file__).parent / "configs" / f"{name}.yaml"
@@ -863,7 +880,8 @@ def test_the_command_says_what_it_does_not_do(tmp_path):
         parse([*common, "--num_querys", "3"])
 
 
-def test_rewards_train_its_transformer(make_pipeline, tmp_path):
+@pytest.mark.parametrize("estimator", ["flow_grpo", "diffusion_nft"])
+def test_rewards_train_its_transformer(make_pipeline, tmp_path, estimator):
     """PDTR's trainer on a MetaQuery model: prompts of edits are encoded with their pictures, guided too."""
     from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
 
@@ -878,8 +896,8 @@ def test_rewards_train_its_transformer(make_pipeline, tmp_path):
             return {**row, "source_image": Image.new("RGB", (64, 64), (60 * index, 0, 0))} if index > 1 else row
 
     args = FlowGRPOConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2, use_cpu=True,
-        num_inference_steps=5, report_to="none", preview_steps=0, save_strategy="no", edit_ratio=0.5,
+        estimator=estimator, output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2,
+        use_cpu=True, num_inference_steps=5, report_to="none", preview_steps=0, save_strategy="no", edit_ratio=0.5,
         learning_rate=1e-3, guidance_scale=2.0, beta=0.0, disable_tqdm=True,
     )  # fmt: skip
     pipe = make_pipeline()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from unipic2.core.checkpoint import read_header
 from unipic2.core.errors import InputError
 from unipic2.trainer import grpo, pdtr
 from unipic2.trainer.cli import main
@@ -79,7 +80,10 @@ def test_grpo_from_the_command_line(config, tmp_path, capfd):
 def test_other_estimators_by_name(config, tmp_path, capsys, estimator):
     assert main(["train", "grpo", *config(estimator=estimator, preview_steps=0)]) == 0
     assert f"sde_window_size: no effect with estimator {estimator}\n" in capsys.readouterr().err
-    assert estimator in (tmp_path / "run/export/README.md").read_text()
+    export = tmp_path / "run/export"
+    assert estimator in (export / "README.md").read_text()
+    weights = export / "transformer/diffusion_pytorch_model.safetensors"
+    assert read_header(weights).metadata["unipic2.method"] == estimator
 
 
 def test_own_prompts_with_a_reward_of_ones_own(config, tmp_path, prompts_file, monkeypatch):

@@ -167,15 +167,6 @@ def test_a_schedule_that_starts_beside_one(dynamics, first):
     assert torch.equal(replay(predict, found, 0, beside, dynamics, 0.7)[0], found.log_probs[0])
 
 
-def test_means_are_kept_on_demand():
-    options = randn(2, 16, 8, 8), SIGMAS, "flow_sde", 0.7, range(3), step_noise(range(3), 2, 16, 8, 8)
-    drawn = rollout(predict, *options, keep_means=True)
-    assert drawn.means.shape == drawn.after.shape
-    for place in range(3):
-        assert torch.equal(replay(predict, drawn, place, SIGMAS, "flow_sde", 0.7)[1].mean, drawn.means[place])
-    assert rollout(predict, *options).means is None
-
-
 def test_windows():
     rng = np.random.default_rng(0)
     assert [window_start("fixed", i, 3, 1, 6, rng) for i in range(4)] == [1, 1, 1, 1]

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from unipic2.core.errors import InputError
-from unipic2.trainer.pretrain import cache, main
+from unipic2.trainer.pretrain import cache, main, parse
+from unipic2.trainer.stages import parse_stages
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -55,6 +56,16 @@ def test_a_later_stage_starts_where_the_earlier_one_ended(config, tmp_path):
     start = load_file(tmp_path / "model" / WEIGHTS)
     assert all((first[key] == result[key]).all() for key in result)
     assert any((first[key] != start[key]).any() for key in start)
+
+
+def test_stages_draw_other_samples_unless_told(config, tmp_path):
+    """A second stage of the same task would else train on the samples and the noise of the first."""
+    stages = [{"max_steps": 2}, {"max_steps": 2}, {"max_steps": 2, "data_seed": 3}]
+    seeds = [args.draw_seed for _, args in parse_stages(config(stages, seed=3), parse)]
+    assert seeds == [3, 4, 3]
+    assert main(config([stages[0], stages[2]], seed=3, learning_rate=0.0, logging_steps=1)) == 0
+    first, again = (json.loads((tmp_path / f"run/stage-{n}/log_history.json").read_text()) for n in (1, 2))
+    assert [entry["loss"] for entry in first[:2]] == [entry["loss"] for entry in again[:2]]
 
 
 @pytest.mark.parametrize(

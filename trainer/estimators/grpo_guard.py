@@ -24,7 +24,7 @@ def guarded_loss(
     Args:
         log_probs, old_log_probs: (B,), see `flow_grpo.policy_loss`.
         step: the Gaussian of the model that is trained.
-        old_mean: (B, C, H, W), mean of the model that drew the samples, as `rollout` stored it.
+        old_mean: (B, C, H, W), mean of the model that drew the samples.
         length: of the step in sigma, above 0; the loss is divided by it, so that steps weigh alike.
         advantages: (B,).
         epsilon: ratios count from 1 - epsilon to 1 + epsilon; published 2e-6.

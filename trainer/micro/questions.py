@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.micro import IMAGE_SIZE
-from .tasks import EDIT_KINDS, RELATIONS, SIDES, T2I_KINDS, relation_of, sample_edit, sample_t2i
+from .tasks import EDIT_KINDS, RELATIONS, SIDES, T2I_KINDS, T2ITask, relation_of, sample_edit, sample_t2i
 from .world import COLORS, SHAPES, Scene, Thing, sample_looks, sample_scene
 
 PICTURE_KINDS = ("what", "how_many", "color", "where", "at", "beside", "exists", "describe")
 """Questions about a picture."""
-TASK_KINDS = ("prompt", "order", "edit", "moved")
+TASK_KINDS = ("prompt", "order", "layout", "edit", "moved")
 """What a prompt asks for and on which side, without a picture; what an instruction makes of one, and where: the words
 of both tasks."""
 KINDS = (*PICTURE_KINDS, *TASK_KINDS)
@@ -51,6 +51,8 @@ def ask(rng: np.random.Generator, kind: str, held_out: bool = False) -> Question
             return _about_prompt(rng, held_out)
         if kind == "order":
             return _about_order(rng, held_out)
+        if kind == "layout":
+            return _about_layout(rng, held_out)
         if kind == "edit":
             task = sample_edit(rng, EDIT_KINDS[rng.integers(len(EDIT_KINDS))], held_out)
             return Question(kind, f"{task.prompt}. what is there then?", describe_scene(task.target), task.source)
@@ -86,6 +88,24 @@ def _about_order(rng: np.random.Generator, held_out: bool) -> Question:
     chosen = int(rng.integers(2))
     side = SIDES[at if chosen == 0 else at ^ 1]  # the second thing is at the other one
     return Question("order", f"{task.prompt}. what is at the {side}?", f"a {task.looks[chosen][0]}", None)
+
+
+def _about_layout(rng: np.random.Generator, held_out: bool) -> Question:
+    """Ask what a prompt wants as a whole, in the words that stand before MetaQuery's queries."""
+    kind = "position" if rng.random() < 0.3 else T2I_KINDS[rng.integers(len(T2I_KINDS))]
+    task = sample_t2i(rng, kind, held_out)[0]
+    return Question("layout", f"Generate an image: {task.prompt}", layout_of(task), None)
+
+
+def layout_of(task: T2ITask) -> str:
+    """Return what is at each side, and the things in the prompt's order: as many words for any prompt."""
+    sides = dict.fromkeys(SIDES, "nothing")
+    if task.relation is not None:
+        at = RELATIONS.index(task.relation)
+        sides[SIDES[at]], sides[SIDES[at ^ 1]] = (shape for shape, _ in task.looks)
+    things = [f"{color or 'any'} {shape}" for shape, color in task.looks]
+    things += ["no shape"] * (4 - len(things))
+    return " ".join([*(f"{side} {what}" for side, what in sides.items()), *things])
 
 
 def _quarter(thing: Thing) -> str | None:

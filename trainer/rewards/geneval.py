@@ -237,14 +237,16 @@ def read_clauses(value, what: str) -> list[dict]:
         clauses = json.loads(value) if isinstance(value, str) and value else value or []
         clauses = [dict(clause) for clause in clauses]
         for clause in clauses:
-            if not isinstance(clause["class"], str) or int(clause["count"]) < 1:
+            count = float(clause["count"])
+            if not isinstance(clause["class"], str) or count < 1 or count != int(count):
                 raise ValueError
+            clause["count"] = int(count)
             clause["class"] = _COCO_NAMES.get(clause["class"], clause["class"])
             if clause.get("position"):
                 _relation, other = clause["position"]
                 if not 0 <= int(other) < len(clauses):
                     raise ValueError
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError):
         expected = 'GenEval\'s form, such as [{"class": "cup", "count": 2}]'
         raise InputError(what, found=repr(value)[:120], expected=expected) from None
     for number, clause in enumerate(clauses):
