@@ -1,5 +1,6 @@
 """A trained model's card, and its way to the hub."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def model_card(
     lora: bool,
     method: str = "flow matching",
     metaquery: bool = False,
+    earlier: Sequence = (),
 ) -> str:
     """Return a model card as Markdown with the hub's YAML head.
 
@@ -65,6 +67,7 @@ def model_card(
         base: folder or hub repository that training started from.
         datasets: names of the training data.
         args: settings of the run, or of its last stage.
+        earlier: those of the stages before; what differs is shown in turn.
         steps: optimizer steps taken; None where they are not known.
         lora: whether the export is a LoRA.
         method: what it was trained with.
@@ -76,11 +79,16 @@ def model_card(
     head["tags"] = ["text-to-image", "image-to-image", "unipic2", *(["lora"] if lora else [])]
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in datasets)
     settings = {setting.name for setting in fields(args)}
-    estimator = getattr(args, "estimator", None)
+    stages = (*earlier, args)
+    estimators = {getattr(stage, "estimator", None) for stage in stages}
     use = _USE_LORA if lora else _USE_METAQUERY if metaquery else _USE_MODEL
     what = "A LoRA" if lora else "A MetaQuery model" if metaquery else "A transformer"
-    shown = [name for name in _SHOWN if name in settings and estimator in READ_BY.get(name, (estimator,))]
-    rows = [f"| {name} | {getattr(args, name)} |" for name in shown if name not in _OF_LORA or args.vlm_lora_r]
+    shown = [name for name in _SHOWN if name in settings and not estimators.isdisjoint(READ_BY.get(name, estimators))]
+    rows = []
+    for name in shown:
+        if name not in _OF_LORA or args.vlm_lora_r:
+            values = [str(getattr(stage, name)) for stage in stages]
+            rows.append(f"| {name} | {values[0] if len(set(values)) == 1 else ', then '.join(values)} |")
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",

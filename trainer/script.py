@@ -302,7 +302,8 @@ def stages_card(stages: list[tuple], output_dir: Path, method: str, counted: boo
     data = list(dict.fromkeys(name for a, _ in stages for name in a.dataset_name))
     name = Path(repository_name(args, output_dir)).name
     base, metaquery = script_args.model_name_or_path, is_metaquery(output_dir / "export")
-    return model_card(name, base, data, args, steps, script_args.use_peft, method, metaquery)
+    earlier = [a for _, a in stages[:-1]]
+    return model_card(name, base, data, args, steps, script_args.use_peft, method, metaquery, earlier)
 
 
 def finish(folder: Path, args: KontextConfig, card: str | None = None) -> None:

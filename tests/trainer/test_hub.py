@@ -67,6 +67,13 @@ def test_a_card_has_the_settings_of_its_estimator_and_no_bundled_base(tmp_path):
     assert "| eta |" not in text and "| awm_power |" not in text
 
 
+def test_a_card_shows_what_differs_between_stages(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 2}
+    first, last = (FlowGRPOConfig(**settings, edit_ratio=ratio) for ratio in (0.75, 0.45))
+    text = hub.model_card("x", "micro-pretrained", ["micro"], last, 7, lora=False, earlier=[first])
+    assert "| edit_ratio | 0.75, then 0.45 |" in text and "| nft_beta | 0.1 |" in text
+
+
 def test_the_export_alone_is_pushed(argv, uploads, capsys):
     main([*argv, "--push_to_hub", "true", "--hub_token", "secret"])
     assert ("create", "mine") in uploads and ("token", "secret") in uploads
