@@ -67,7 +67,7 @@ class UniPic2Loader(_Node):
                     "model",
                     options=list(published.available(micro_model.available_models())),
                     tooltip=(
-                        "A folder (with transformer/ and perhaps vae/) or a file in models/unipic2, a file in "
+                        "A folder (with transformer/ and perhaps vae/) or a file in models/unipic2 or "
                         "models/diffusion_models, or a micro model that comes with the pack."
                     ),
                 ),
@@ -101,7 +101,7 @@ class UniPic2Loader(_Node):
             raise InputError(
                 f"{cls.NAME}, model",
                 found=repr(model),
-                expected="a folder or file in models/unipic2, or a file in models/diffusion_models",
+                expected="a folder or file in models/unipic2 or models/diffusion_models",
                 remedy="Put it there and press R to refresh.",
             )
         return io.NodeOutput(*published.load(models[model], weight_dtype, cls.NAME))

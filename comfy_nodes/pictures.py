@@ -150,11 +150,11 @@ def _fading_edges(placement: Placement, width: int):
     for axis in (1, 0):  # rows, columns
         low, high = edges[axis], edges[axis + 2]
         places, weight = torch.arange(low, high) + 0.5, torch.ones(high - low)
-        if low > 0:
-            weight = torch.minimum(weight, (places - low) / max(width, 1))
-        if high < placement.original[axis]:
-            weight = torch.minimum(weight, (high - places) / max(width, 1))
-        scales.append(weight if width else torch.ones_like(weight))
+        for cropped, distance in ((low, places - low), (placement.original[axis] - high, high - places)):
+            # No wider than what was cropped, where little was, nor than leaves a middle.
+            fade = min(width, cropped, (high - low) // 4)
+            weight = torch.minimum(weight, distance / fade) if fade else weight
+        scales.append(weight)
     return scales[0][:, None] * scales[1]
 
 

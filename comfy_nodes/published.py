@@ -19,6 +19,7 @@ from ..core.checkpoint import (
     DYNAMIC_SHIFT_KEY,
     LORA,
     check_transformer_config,
+    component_files,
     detect_format,
     read_component,
     read_files,
@@ -47,7 +48,7 @@ _FIRST = "joint_blocks.0.context_block.attn.qkv.weight"  # what stands before it
 def available(models: dict[str, Path]) -> dict[str, Path]:
     """Return name -> path: folders and files in `models/unipic2`, then those in `models/diffusion_models`.
 
-    A folder in the published layout among the latter is one entry, not the files in it.
+    A folder in the published layout among the latter is an entry, too; its shards, VAE and text encoders are not.
 
     Args:
         models: the folders, `micro_model.available_models()`.
@@ -62,8 +63,15 @@ def available(models: dict[str, Path]) -> dict[str, Path]:
         if part.name == "transformer" and part.parent.name and (path.parent / "config.json").is_file():
             folders[str(part.parent)] = path.parent.parent
     roots = set(folders.values())
-    folders |= {name: path for name, path in files.items() if roots.isdisjoint(path.parents)}
+    folders |= {name: path for name, path in files.items() if not _is_part(path, roots)}
     return found | {name: path for name, path in folders.items() if name not in found}
+
+
+def _is_part(path, roots: set[Path]) -> bool:
+    """Return whether a file is of no use without the others of a folder in the published layout."""
+    if path.parent.parent not in roots:
+        return False
+    return path.parent.name != "transformer" and (path.parent / "config.json").is_file() or "-of-" in path.name
 
 
 def listed(key: str) -> dict[str, Path]:
@@ -108,8 +116,10 @@ def with_trained_shift(model, path):
     where = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
     if not path.is_dir():
         metadata = read_header(path).metadata
-    else:
-        metadata = shift_of_scheduler(read_config(where)) if where.is_file() else {}
+    elif where.is_file():
+        metadata = shift_of_scheduler(read_config(where))
+    else:  # `transformer/` alone was copied: an export says it there, too
+        metadata = read_header(component_files(path / "transformer")[0]).metadata
     if DYNAMIC_SHIFT_KEY in metadata:
         said = "%s: trained with a shift by the picture's size; put ModelSamplingFlux behind it: %s"
         logging.warning(said, path.name, metadata[DYNAMIC_SHIFT_KEY])

@@ -117,10 +117,11 @@ class FlowMatchingTrainer(KontextTrainer):
             args.logit_mean, args.logit_std, args.mode_scale,
         ).to(latents.device)  # fmt: skip
         text = self.text_of(inputs, latents.device)
-        mask, target = inputs.get("loss_mask"), noise - latents
+        mask, noisy = inputs.get("loss_mask"), interpolate(latents, noise, sigmas)
+        target = self.target_of(inputs, noise - latents, noisy, sigmas, reference)
         mixed = self.is_fsdp_enabled and args.bf16  # without sharding accelerate does it
         with torch.autocast(latents.device.type, torch.bfloat16) if mixed else nullcontext():
-            velocity = model(interpolate(latents, noise, sigmas), sigmas, text, reference)
+            velocity = model(noisy, sigmas, text, reference)
         error = squared_error(velocity.float(), target, mask)
         objective = error
         if args.contrastive_weight:
@@ -131,6 +132,10 @@ class FlowMatchingTrainer(KontextTrainer):
             self._note(error.detach(), sigmas, inputs["is_edit"])
             self._throughput.add(latents, reference, self.pipeline.patch_size)
         return (loss, velocity) if return_outputs else loss
+
+    def target_of(self, inputs: dict, velocity, noisy, sigmas, reference) -> torch.Tensor:
+        """Return what velocities (B, C, H, W) are to be, here the data's; the rest is what the model gets."""
+        return velocity
 
     def text_of(self, inputs: dict, device: torch.device):
         """Return the text of a batch as the model takes it: encoded words, ready states, or token ids."""

@@ -12,11 +12,12 @@ from ..core.micro import BUNDLED_MODELS
 from .flow_grpo_config import READ_BY
 
 _SHOWN = (
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "muon_learning_rate",
+    "trainable", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "muon_learning_rate",
     "lr_scheduler_type", "edit_ratio", "timestep_sampling", "shift", "dynamic_shift", "loss_weighting",
     "contrastive_weight", "caption_dropout", "edit_caption_dropout", "estimator", "num_generations", "dynamics", "eta",
     "old_policy", "nft_beta", "awm_power", "train_timesteps", "num_inference_steps", "guidance_scale", "beta",
-    "positions", "vision_dropout", "vlm_lora_r", "vlm_lora_alpha", "ema_decay", "seed",
+    "distillation_weight", "positions", "vision_dropout", "vlm_lora_r", "vlm_lora_alpha", "ema_decay", "seed",
 )  # fmt: skip
 _OF_LORA = ("vlm_lora_r", "vlm_lora_alpha")
 _USE_LORA = """`comfyui_lora.safetensors` goes into ComfyUI's `models/loras`, for the stock LoRA loaders.
@@ -85,10 +86,10 @@ def model_card(
     what = "A LoRA" if lora else "A MetaQuery model" if metaquery else "A transformer"
     shown = [name for name in _SHOWN if name in settings and not estimators.isdisjoint(READ_BY.get(name, estimators))]
     rows = []
-    for name in shown:
-        if name not in _OF_LORA or args.vlm_lora_r:
-            values = [str(getattr(stage, name)) for stage in stages]
-            rows.append(f"| {name} | {values[0] if len(set(values)) == 1 else ', then '.join(values)} |")
+    for setting in shown:
+        if setting not in _OF_LORA or args.vlm_lora_r:
+            values = [str(getattr(stage, setting)) for stage in stages]
+            rows.append(f"| {setting} | {values[0] if len(set(values)) == 1 else ', then '.join(values)} |")
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {name}", "",

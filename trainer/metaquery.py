@@ -30,6 +30,7 @@ from .script import (
     run_command,
     train_and_export,
 )
+from .stages import parse_stages
 
 PUBLISHED_SIZES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 24}
 PUBLISHED_QUERIES = 256
@@ -62,6 +63,13 @@ class MetaQueryArguments(PretrainArguments):
     connector_num_attention_heads: int | None = field(
         default=None,
         metadata={"help": "New connector: heads, default 64 wide, as ComfyUI takes them in files without config."},
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "For distillation_weight: a UniPic2 with text encoders, which stays as it is. None is "
+            "model_name_or_path, whose transformer is its own teacher while it is frozen (trainable none)."
+        },
     )
     query_init_text: str | None = field(
         default=None,
@@ -135,6 +143,32 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
     return pipeline
 
 
+def load_teacher(script_args: MetaQueryArguments, args: MetaQueryConfig, pipeline: MetaQueryPipeline):
+    """Return the pipeline to learn from, with its text encoders, None if there is no `distillation_weight`.
+
+    Raises:
+        InputError: it has none, as it is a MetaQuery model; or its transformer is the one that is trained.
+    """
+    if not args.distillation_weight:
+        return None
+    name, shared = script_args.teacher_name_or_path, {}
+    if name is None:
+        name, shared = script_args.model_name_or_path, {"transformer": pipeline.transformer, "vae": pipeline.vae}
+    folder = StableDiffusion3KontextPipeline.find_folder(name)
+    if is_metaquery(folder):
+        found, expected = f"{name}, a MetaQuery model", "a UniPic2 with text encoders"
+        raise InputError("teacher_name_or_path", found=found, expected=expected)
+    if shared and args.trainable != "none":
+        found, expected = (
+            f"none, with trainable {args.trainable}",
+            "a UniPic2 with text encoders, which stays as it is",
+        )
+        raise InputError("teacher_name_or_path", found=found, expected=expected)
+    teacher = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=_frozen_dtype(args), **shared)
+    teacher.transformer.requires_grad_(False)
+    return teacher
+
+
 @torch.no_grad()
 def begin_with(conditioner: StableDiffusion3Conditioner, text: str, text_encoder, tokenizer) -> None:
     """Set the queries to the embeddings of a text's tokens, in turn until there are enough (arXiv 2104.08691).
@@ -163,6 +197,7 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
     """Train and export; returns the folder of the exported pipeline, `output_dir/export`."""
     checkpoint = find_checkpoint(script_args, args)
     pipeline = load_metaquery(script_args, args)
+    teacher = load_teacher(script_args, args, pipeline)
     dataset = load_dataset(script_args, args, pipeline)
     identity = identity_of(script_args, args, dataset) | {
         "vlm_name_or_path": script_args.vlm_name_or_path,
@@ -170,10 +205,12 @@ def metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Path:
         "trainable": args.trainable,
         "vlm_lora_r": args.vlm_lora_r,
         "vlm_lora_alpha": args.vlm_lora_alpha,
+        "distillation_weight": args.distillation_weight,
+        "teacher_name_or_path": script_args.teacher_name_or_path,
     }
     check_identity(args, identity, resumed=checkpoint is not None)
     previews = previews_of(script_args, args, dataset)
-    trainer = MetaQueryTrainer(pipeline, args, dataset, previews)
+    trainer = MetaQueryTrainer(pipeline, args, dataset, previews, teacher=teacher)
     frozen = "the transformer frozen" if args.trainable == "none" else "with the transformer"
     return train_and_export(trainer, script_args, args, checkpoint, f"{_METHOD} ({frozen})")
 
@@ -191,4 +228,8 @@ def cache(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Entry of `unipic2 train metaquery`."""
+    for script_args, args in (parse_stages(argv, parse) or [])[1:]:  # now, not when the first stage is done
+        if args.distillation_weight and script_args.teacher_name_or_path is None:
+            expected = "a model with text encoders: a later stage begins with what the first one made, which has none"
+            raise InputError("teacher_name_or_path of a later stage", found="nothing", expected=expected)
     return run_command(argv, parse, metaquery, _METHOD)

@@ -34,6 +34,14 @@ class MetaQueryConfig(FlowMatchingConfig):
             "model's own, 1d for a new connector."
         },
     )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "How far, 0 to 1, the target goes from the data's velocity to what teacher_name_or_path says, "
+            "behind its own text encoders: there the connector is to lead, and what was learned there is to stay. "
+            "That target has no noise of samples, so it is learned sooner."
+        },
+    )
     vision_dropout: float = field(
         default=0.1,
         metadata={
@@ -79,6 +87,7 @@ class MetaQueryConfig(FlowMatchingConfig):
         if self.positions is not None:
             check_one_of("positions", self.positions, POSITIONS)
         check_share("vision_dropout", self.vision_dropout)
+        check_share("distillation_weight", self.distillation_weight)
         if not self.prefix_cache_gib >= 0:
             raise InputError("prefix_cache_gib", found=self.prefix_cache_gib, expected="a number from 0 on")
         if self.attention_backend == "flash":

@@ -18,6 +18,7 @@ from torch import nn
 from ..core.errors import InputError
 from .batches import DRAW_SEED, derived_seed
 from .flow_matching_trainer import FlowMatchingTrainer
+from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextForTraining
 from .metaquery_config import MetaQueryConfig
 from .metaquery_pipeline import MetaQueryPipeline
@@ -113,9 +114,11 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         train_dataset: as for `FlowMatchingTrainer`; edits bring what Qwen2.5-VL sees, uint8 (3, H, W), as
             `ref_pixel_values` or, beside latents, as `source_pixels`.
         previews, callbacks: as for `KontextTrainer`.
+        teacher: for `distillation_weight`, a pipeline with text encoders; its transformer may be the one in `pipeline`
+            as long as that is frozen.
 
     Raises:
-        InputError: see `FlowMatchingTrainer`.
+        InputError: see `FlowMatchingTrainer`; or no teacher where one is needed.
     """
 
     method = "MetaQuery"
@@ -128,7 +131,11 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         train_dataset,
         previews=None,
         callbacks: list | None = None,
+        teacher: StableDiffusion3KontextPipeline | None = None,
     ):
+        if args.distillation_weight and teacher is None:
+            raise InputError("teacher", found="nothing", expected="a pipeline with text encoders to learn from")
+        self.teacher = teacher
         pipeline.positions = args.positions = args.positions or pipeline.positions
         pipeline.conditioner.requires_grad_(True).float()
         self._store = PrefixStore(pipeline, args.prefix_cache_gib * 2**30) if args.prefix_cache_gib else None
@@ -172,6 +179,21 @@ class MetaQueryTrainer(FlowMatchingTrainer):
                 return self._store(inputs["text"], None if seen is None else seen.cpu())
             prefix = self.pipeline.prefix(inputs["text"], None if seen is None else seen.float() / 255)
             return prefix if self.args.vlm_lora_r else remember(self.pipeline.text_encoder, prefix)
+
+    def target_of(self, inputs: dict, velocity, noisy, sigmas, reference) -> torch.Tensor:
+        """Return the data's velocities (B, C, H, W), or those of the teacher by `distillation_weight`.
+
+        The squared error to what lies between two targets has the gradient of both errors, so weighted.
+        """
+        if not self.args.distillation_weight:
+            return velocity
+        device = velocity.device
+        for part in (*self.teacher.text_encoders, self.teacher.transformer):
+            part.to(device)
+        frozen = KontextForTraining(self.teacher.transformer, None)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+            taught = frozen(noisy, sigmas, self.teacher.encode_conditions(inputs["text"], device=device), reference)
+        return torch.lerp(velocity, taught.to(velocity), self.args.distillation_weight)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Return what weight decay is for: not the queries, which are states and no matrix."""

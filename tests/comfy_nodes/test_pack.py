@@ -222,7 +222,9 @@ def test_cropped_edges_fade(comfyui, inputs):
     tensors, report = comfyui
     (left, top, right, bottom), (width, height) = report["paste.crop_edges"]
     assert (top, bottom) == (0, height) and 0 < left < right < width
-    share = (tensors["paste.crop_edges"] / inputs["photo"].clamp(min=1e-3))[0, height // 2].mean(-1)
+    shares = (tensors["paste.crop_edges"] / inputs["photo"].clamp(min=1e-3))[0].mean(-1)
+    assert shares[[0, -1], left + 9 : right - 9].max() < 1e-5
+    share = shares[height // 2]
     assert share[:left].sub(1).abs().max() < 1e-5 and share[right:].sub(1).abs().max() < 1e-5
     assert share[left + 9 : right - 9].max() < 1e-5
     fade = share[left : left + 8]

@@ -91,6 +91,17 @@ def test_a_template_is_found_opened_and_drawn_and_help_is_ours(server, page, tmp
     page.screenshot(path=tmp_path / "4-help.png")
 
 
+def test_every_template_opens_whole(server, page):
+    """In the real frontend: as many nodes as the file has, none unknown to it."""
+    (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]
+    for name in names:
+        path = f"/api/workflow_templates/unipic2/{name}.json"
+        page.evaluate("path => fetch(path).then(r => r.json()).then(found => window.app.loadGraphData(found))", path)
+        wanted = sorted(node["type"] for node in json.loads(fetch(server, path))["nodes"])
+        assert sorted(node["type"] for node in graph(page)) == wanted, name
+        assert not [node for node in graph(page) if node["red"]], name
+
+
 def test_micro_templates_have_thumbnails(server):
     """Those of the published checkpoint have none: it was not run."""
     (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]

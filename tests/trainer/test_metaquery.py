@@ -306,6 +306,69 @@ def test_alignment_trains_queries_and_connector_alone(make_pipeline, tmp_path):
     assert "conditioner" in index
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_alignment_to_what_the_transformer_says_behind_its_own_text_encoders(
+    make_pipeline, make_small_pipeline, tmp_path, weight
+):
+    """Where the text encoders already say what the connector does, the loss is the data's share alone."""
+    pipe, teacher = make_pipeline(), make_small_pipeline()
+    frozen = {k: v.clone() for k, v in teacher.text_encoder.state_dict().items()}
+    args = settings(tmp_path, learning_rate=0.0, caption_dropout=0.0, edit_ratio=0.0, max_steps=4)
+    plain = MetaQueryTrainer(pipe, args, Samples())
+    plain.train()
+    args.distillation_weight = weight
+    taught = MetaQueryTrainer(pipe, args, Samples(), teacher=teacher)
+    teacher.encode_conditions = lambda prompts, pictures=None, device=None: pipe.encode_conditions(prompts)
+    taught.train()
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (plain, taught)]
+    assert losses[1] == pytest.approx([(1 - weight) ** 2 * loss for loss in losses[0]], abs=1e-3)
+    del teacher.encode_conditions
+    args.learning_rate, args.max_steps = 1e-2, 40
+    args.output_dir = str(tmp_path / "other")
+    learning = MetaQueryTrainer(pipe, args, Samples(), teacher=teacher)
+    learning.train()
+    losses = [entry["loss"] for entry in learning.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert not changed(frozen, teacher.text_encoder)
+
+
+def test_distillation_needs_a_teacher_that_stays_as_it_is(make_pipeline, make_small_pipeline, staged_config, tmp_path):
+    with pytest.raises(InputError, match="teacher: found nothing"):
+        MetaQueryTrainer(make_pipeline(), settings(tmp_path, distillation_weight=0.5), Samples())
+    make_pipeline().save_pretrained(tmp_path / "mq")
+    argv = ["--model_name_or_path", str(tmp_path / "mq"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    script_args, args = parse([*argv, "--distillation_weight", "1"])
+    with pytest.raises(InputError, match="teacher_name_or_path: found .*mq, a MetaQuery model, expected a UniPic2"):
+        metaquery.load_teacher(script_args, args, make_pipeline())
+    make_small_pipeline().save_pretrained(tmp_path / "base")
+    joint = [
+        *argv[2:],
+        "--model_name_or_path",
+        str(tmp_path / "base"),
+        "--distillation_weight",
+        "1",
+        "--trainable",
+        "full",
+    ]
+    with pytest.raises(InputError, match="teacher_name_or_path: found none, with trainable full"):
+        metaquery.load_teacher(*parse(joint), make_pipeline())
+    pipe = make_pipeline()
+    teacher = metaquery.load_teacher(*parse([*joint, "--teacher_name_or_path", str(tmp_path / "base")]), pipe)
+    assert teacher.transformer is not pipe.transformer
+    config = staged_config("distillation_weight: 0.5\nstages:\n  - {max_steps: 2}\n  - {max_steps: 2}\n")
+    with pytest.raises(InputError, match="teacher_name_or_path of a later stage: found nothing"):
+        main(["--config", str(config)])
+
+
+def test_joint_training_may_keep_what_the_teacher_says(make_pipeline, make_small_pipeline, tmp_path):
+    pipe, teacher = make_pipeline(), make_small_pipeline()
+    kept = {k: v.clone() for k, v in teacher.transformer.state_dict().items()}
+    args = settings(tmp_path, trainable="full", distillation_weight=1.0)
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    MetaQueryTrainer(pipe, args, Samples(), teacher=teacher).train()
+    assert changed(before, pipe.transformer) and not changed(kept, teacher.transformer)
+
+
 def test_joint_training_reaches_the_transformer_at_its_own_rate(make_pipeline, tmp_path):
     args = settings(
         tmp_path, trainable="full", transformer_learning_rate=1e-4, max_steps=1, lr_scheduler_type="constant"
@@ -762,7 +825,7 @@ def test_the_command_trains_a_new_connector_and_exports(
         "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--preview_steps", "2",
         "--preview_inference_steps", "1", "--num_queries", "3", "--connector_hidden_size", "64",
         "--connector_intermediate_size", "64", "--connector_num_hidden_layers", "1",
-        "--connector_num_attention_heads", "1", "--export_vlm",
+        "--connector_num_attention_heads", "1", "--export_vlm", "--distillation_weight", "0.5",
     ]  # fmt: skip
     assert main(argv) == 0
     export = tmp_path / "run/export"
@@ -920,3 +983,24 @@ def test_rewards_train_its_transformer(make_pipeline, tmp_path, estimator):
     for prompts, reds in edits:
         assert sorted(reds) == [120, 180] and prompts in ([f"a {int(red) // 60}" for red in reds], ["", ""])
     assert len(edits) == 2 and len(shown) == 4, "prompt and empty prompt of each generation, edits with their pictures"
+
+
+def test_pdtr_on_a_metaquery_model(tmp_path):
+    """Both stages, measured around each, and an export that draws and answers."""
+    from unipic2.trainer.cli import main as unipic2
+
+    settings = {
+        "model_name_or_path": "micro-metaquery", "dataset_name": "micro", "reward_funcs": ["micro_soft"],
+        "output_dir": str(tmp_path / "run"), "use_cpu": True, "per_device_train_batch_size": 4, "num_generations": 2,
+        "num_inference_steps": 3, "preview_steps": 0, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "learning_rate": 1e-3, "eval_n": 6, "eval_inference_steps": 1, "gate_steps": 0, "export_dtype": "float32",
+        "stages": [{"edit_ratio": 1.0, "max_steps": 2}, {"edit_ratio": 0.0, "max_steps": 2}],
+    }  # fmt: skip
+    (tmp_path / "pdtr.yaml").write_text(json.dumps(settings))
+    assert unipic2(["train", "pdtr", "--config", str(tmp_path / "pdtr.yaml")]) == 0
+    assert list(json.loads((tmp_path / "run/interference.json").read_text())) == ["start", "1-edit", "2-t2i"]
+    start, after = (open_model(m, torch_dtype=torch.float32) for m in ("micro-metaquery", tmp_path / "run/export"))
+    assert changed(start.transformer.state_dict(), after.transformer)
+    assert not changed(start.conditioner.state_dict(), after.conditioner)
+    assert after.answer("a red circle. what is there?", max_new_tokens=4)
+    assert len(after("a red circle", num_inference_steps=1).images) == 1

@@ -293,7 +293,6 @@ def test_without_stages_edits_come_first(config, tmp_path, capsys):
         "--reward_funcs",
         "micro_soft",
     ]
-    flags += ["--per_device_train_batch_size", "12"]
     for argv in (config(max_steps=4, save_steps=4), flags):
         stages = parse_stages(argv, pdtr.parse, pdtr._OF_THE_RUN, lora_goes_on=True, default=pdtr.DEFAULT_STAGES)
         assert [pdtr.own_tasks(args) for _, args in stages] == [("edit",), ("t2i",)]

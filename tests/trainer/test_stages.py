@@ -66,6 +66,10 @@ def test_stages_draw_other_samples_unless_told(config, tmp_path):
     assert main(config([stages[0], stages[2]], seed=3, learning_rate=0.0, logging_steps=1)) == 0
     first, again = (json.loads((tmp_path / f"run/stage-{n}/log_history.json").read_text()) for n in (1, 2))
     assert [entry["loss"] for entry in first[:2]] == [entry["loss"] for entry in again[:2]]
+    fresh = {"seed": 3, "learning_rate": 0.0, "logging_steps": 1, "output_dir": str(tmp_path / "other")}
+    assert main(config(stages[:2], **fresh)) == 0
+    other = json.loads((tmp_path / "other/stage-2/log_history.json").read_text())
+    assert [entry["loss"] for entry in first[:2]] != [entry["loss"] for entry in other[:2]]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def make_metaquery(out: Path, work: Path, base: str, seed: int, vlm_steps: int, 
     settings = {"seed": seed, "base": base, "vlm_steps": vlm_steps, "overrides": overrides, "recipe": made}
     stages = Stages(work, settings)
     vlm_dir, run_dir = work / "vlm", work / "run"
-    argv = ["--config", str(_CONFIG), "--model_name_or_path", base, "--vlm_name_or_path", str(vlm_dir)]
+    argv = ["--config", str(_CONFIG), "--model_name_or_path", base, "--teacher_name_or_path", base]
+    argv += ["--vlm_name_or_path", str(vlm_dir)]
     argv += ["--output_dir", str(run_dir), "--seed", str(seed), "--resume"]
     argv += [*([] if torch.cuda.is_available() else ["--use_cpu"]), *overrides]
     runs = parse_stages(argv, parse)
