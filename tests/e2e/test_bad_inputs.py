@@ -58,8 +58,9 @@ async def outcome(client: ComfyUIClient, prompt: dict, node_id: str, name: str, 
 
 async def try_all(url: str) -> list[tuple[str, str, object, str | None]]:
     """Return every attempt's node class, input, value and what the server said."""
-    picture = io.BytesIO()
-    render(eval_edit_tasks(1, 0)[0].source).save(picture, "png")
+    picture, drawn = io.BytesIO(), render(eval_edit_tasks(1, 0)[0].source).convert("RGBA")
+    drawn.paste((0, 0, 0, 0), (16, 16, 48, 48))  # what is transparent is the mask of a local edit
+    drawn.save(picture, "png")
     found = []
     async with ComfyUIClient(url) as client:
         object_info = await client.object_info()
