@@ -126,8 +126,9 @@ def _prepare_sampling(executor, patcher, noise_shape, conds, *args, **kwargs):
     """
     _put_on(patcher)
     edits = {name: {bool(cond.get("reference_latents")) for cond in part} for name, part in conds.items() if part}
-    for name in [name for name, kinds in edits.items() if len(kinds) > 1]:
-        logging.warning("UniPic2: of what is combined in %s, one part has a reference and one has none.", name)
+    for name, kinds in edits.items():
+        if len(kinds) > 1:
+            logging.warning("UniPic2: of what is combined in %s, one part has a reference and one has none.", name)
     edits = {name: any(kinds) for name, kinds in edits.items()}
     if any(edits.values()) and not all(edits.values()):
         names = (", ".join(name for name, edit in edits.items() if edit is kind) for kind in (False, True))

@@ -113,13 +113,12 @@ def with_trained_shift(model, path):
     Raises:
         InputError: that is no number above 0.
     """
-    where = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
-    if not path.is_dir():
-        metadata = read_header(path).metadata
-    elif where.is_file():
+    where = path / "scheduler" / "scheduler_config.json"
+    if where.is_file():
         metadata = shift_of_scheduler(read_config(where))
-    else:  # `transformer/` alone was copied: an export says it there, too
-        metadata = read_header(component_files(path / "transformer")[0]).metadata
+    else:  # a file, or `transformer/` alone was copied: an export says it there, too
+        where = component_files(path / "transformer")[0] if path.is_dir() else path
+        metadata = read_header(where).metadata
     if DYNAMIC_SHIFT_KEY in metadata:
         said = "%s: trained with a shift by the picture's size; put ModelSamplingFlux behind it: %s"
         logging.warning(said, path.name, metadata[DYNAMIC_SHIFT_KEY])

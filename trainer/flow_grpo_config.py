@@ -130,12 +130,8 @@ class FlowGRPOConfig(KontextConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        defaults = {f.name: f.default for f in fields(self) if f.name in READ_BY}
-        self._unread = [
-            name
-            for name, default in defaults.items()
-            if self.estimator not in READ_BY[name] and getattr(self, name) != default and name != "old_policy"
-        ]
+        others = {name for name, estimators in READ_BY.items() if self.estimator not in estimators} - {"old_policy"}
+        self._unread = [f.name for f in fields(self) if f.name in others and getattr(self, f.name) != f.default]
         if self.old_policy is None:
             self.old_policy = "average" if self.estimator == "diffusion_nft" and self.use_ema else "current"
         for name, known in (

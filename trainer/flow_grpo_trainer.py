@@ -232,23 +232,26 @@ class FlowGRPOTrainer(KontextTrainer):
         order = torch.randperm(len(groups), generator=generator)
         generation["batches"] = self._batches(order, generation["advantages"].cpu() != 0)
         if not self._on_policy:
-            generation["kept"]["old"] = self._of_batches(self.learner.old, model, generation, len(groups))
-            if self.learner.keeps_means:
-                generation["kept"]["means"] = self._of_batches(self.learner.means, model, generation, len(groups))
+            generation["kept"] |= self._of_batches(self.learner.old, model, generation, len(groups))
         if args.ema_beta:
             with nullcontext() if args.old_policy == "average" else self.averaged_weights():
-                generation["kept"]["average"] = self._of_batches(self.learner.average, model, generation, len(groups))
+                generation["kept"] |= self._of_batches(self.learner.average, model, generation, len(groups))
         return generation
 
-    def _of_batches(self, function, model, generation: dict, count: int) -> torch.Tensor:
-        """Return what `function(model, batch)` says, (_, B, ...), of all samples (_, N, ...), 0 of those in no batch.
+    def _of_batches(self, function, model, generation: dict, count: int) -> dict[str, torch.Tensor]:
+        """Return what `function(model, batch)` names, (_, B, ...), of all samples (_, N, ...), 0 of those in no batch.
 
         Batches are those of the loss: with others a GPU's last digits differ, and a first ratio would not be 1.
         """
-        parts = generation["batches"]
-        values = torch.cat([function(model, self._batch(part, generation)).cpu() for part in parts], dim=1)
-        found = values.new_zeros(len(values), count, *values.shape[2:])
-        found[:, torch.cat(list(parts))] = values
+        parts, named = generation["batches"], defaultdict(list)
+        for part in parts:
+            for name, values in function(model, self._batch(part, generation)).items():
+                named[name].append(values.cpu())
+        places, found = torch.cat(list(parts)), {}
+        for name, each in named.items():
+            values = torch.cat(each, dim=1)
+            found[name] = values.new_zeros(len(values), count, *values.shape[2:])
+            found[name][:, places] = values
         return found
 
     def _batches(self, order: torch.Tensor, teaches: torch.Tensor) -> Sequence[torch.Tensor]:

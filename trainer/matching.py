@@ -26,8 +26,6 @@ class Matching:
         trainer: whose model, settings and notes are used.
     """
 
-    keeps_means = False
-
     def __init__(self, trainer: "FlowGRPOTrainer"):
         self.trainer, self.args = trainer, trainer.args
 
@@ -42,14 +40,14 @@ class Matching:
         noise = torch.randn(count, *latents.shape, generator=generator)
         return {"latents": latents[None], "levels": sigmas[torch.stack(orders, dim=1)], "noise": noise}
 
-    def old(self, model, batch: dict) -> torch.Tensor:
-        """Return what a later loss compares with: velocities (T, B, C, H, W), for AWM log-probabilities (T, B)."""
-        velocity, inputs = self._velocity(model, batch)
-        return velocity if self.args.estimator == "diffusion_nft" else self._log_probs(batch, velocity)
+    def old(self, model, batch: dict) -> dict[str, torch.Tensor]:
+        """Return `old`, to compare with later: velocities (T, B, C, H, W), for AWM log-probabilities (T, B)."""
+        velocity, _ = self._velocity(model, batch)
+        return {"old": velocity if self.args.estimator == "diffusion_nft" else self._log_probs(batch, velocity)}
 
-    def average(self, model, batch: dict) -> torch.Tensor:
-        """Return velocities (T, B, C, H, W) of the averaged weights, which `model` now has."""
-        return self._velocity(model, batch)[0]
+    def average(self, model, batch: dict) -> dict[str, torch.Tensor]:
+        """Return `average`: velocities (T, B, C, H, W) of the averaged weights, which `model` now has."""
+        return {"average": self._velocity(model, batch)[0]}
 
     def loss(self, model, batch: dict) -> torch.Tensor:
         """Return the mean loss of a batch's pictures at their noise levels, plus the weighted distances."""

@@ -159,11 +159,8 @@ def load_teacher(script_args: MetaQueryArguments, args: MetaQueryConfig, pipelin
         found, expected = f"{name}, a MetaQuery model", "a UniPic2 with text encoders"
         raise InputError("teacher_name_or_path", found=found, expected=expected)
     if shared and args.trainable != "none":
-        found, expected = (
-            f"none, with trainable {args.trainable}",
-            "a UniPic2 with text encoders, which stays as it is",
-        )
-        raise InputError("teacher_name_or_path", found=found, expected=expected)
+        expected = "a UniPic2 with text encoders, which stays as it is"
+        raise InputError("teacher_name_or_path", found=f"none, with trainable {args.trainable}", expected=expected)
     teacher = StableDiffusion3KontextPipeline.from_pretrained(folder, torch_dtype=_frozen_dtype(args), **shared)
     teacher.transformer.requires_grad_(False)
     return teacher

@@ -136,6 +136,7 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         if args.distillation_weight and teacher is None:
             raise InputError("teacher", found="nothing", expected="a pipeline with text encoders to learn from")
         self.teacher = teacher
+        self._taught = None if teacher is None else KontextForTraining(teacher.transformer, None)
         pipeline.positions = args.positions = args.positions or pipeline.positions
         pipeline.conditioner.requires_grad_(True).float()
         self._store = PrefixStore(pipeline, args.prefix_cache_gib * 2**30) if args.prefix_cache_gib else None
@@ -188,12 +189,12 @@ class MetaQueryTrainer(FlowMatchingTrainer):
         if not self.args.distillation_weight:
             return velocity
         device = velocity.device
-        for part in (*self.teacher.text_encoders, self.teacher.transformer):
+        for part in (*self.teacher.text_encoders, self._taught):
             part.to(device)
-        frozen = KontextForTraining(self.teacher.transformer, None)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-            taught = frozen(noisy, sigmas, self.teacher.encode_conditions(inputs["text"], device=device), reference)
-        return torch.lerp(velocity, taught.to(velocity), self.args.distillation_weight)
+            text = self.teacher.encode_conditions(inputs["text"], device=device)
+            said = self._taught(noisy, sigmas, text, reference)
+        return torch.lerp(velocity, said.to(velocity), self.args.distillation_weight)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Return what weight decay is for: not the queries, which are states and no matrix."""

@@ -41,14 +41,14 @@ class NoisySteps:
         """Return what a generation keeps, each (S, N, ...), on the CPU."""
         return {name: torch.cat([getattr(part, name).cpu() for part in drawn], dim=1) for name in ("before", "after")}
 
-    def old(self, model, batch: dict) -> torch.Tensor:
-        """Return what a later loss compares with: log-probabilities (S, B) under the model that drew the pictures."""
-        steps, _ = self._steps(model, batch)
-        return self._log_probs(batch, steps)
+    def old(self, model, batch: dict) -> dict[str, torch.Tensor]:
+        """Return what a later loss compares with, of the model that drew the pictures.
 
-    def means(self, model, batch: dict) -> torch.Tensor:
-        """Return the means (S, B, C, H, W) of the noisy steps under that model, which GRPO-Guard needs, too."""
-        return torch.stack([step.mean for step in self._steps(model, batch)[0]])
+        `old`, log-probabilities (S, B), and for GRPO-Guard `means` (S, B, C, H, W) of the noisy steps.
+        """
+        steps, _ = self._steps(model, batch)
+        found = {"old": self._log_probs(batch, steps)}
+        return found | {"means": torch.stack([step.mean for step in steps])} if self.keeps_means else found
 
     def loss(self, model, batch: dict) -> torch.Tensor:
         """Return the loss of a batch's noisy steps, all of them alike or by their noise, plus the weighted KL."""

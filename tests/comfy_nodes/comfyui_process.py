@@ -65,6 +65,18 @@ def node(name, **arguments):
     return found.execute(**arguments).args
 
 
+def sample(model, conds, latent):
+    """Return the latents that a stock KSampler draws, with the values of `test_ksampler_equals_the_pipeline`."""
+    return nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)[0]["samples"]
+
+
+def region():
+    """Return a MASK of part of a picture of 96x64 pixels: latents 2 to 5 down, 4 to 7 across."""
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:48, 32:64] = 1
+    return mask
+
+
 def loaded(model):
     """Load a MODEL with its patches and return ComfyUI's transformer."""
     mm.unload_all_models()
@@ -206,23 +218,21 @@ def sampling(model, clip, vae):
         if image is not None:
             *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=image)
         batches.clear()
-        (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        sampled = sample(model, conds, latent)
         outputs[f"sampling.{name}.noise"] = comfy.sample.prepare_noise(latent["samples"], SEED)
-        outputs[f"sampling.{name}.latents"] = model.model.process_latent_in(sampled["samples"])
+        outputs[f"sampling.{name}.latents"] = model.model.process_latent_in(sampled)
         report[f"sampling.{name}.batches"] = list(batches)
     *conds, latent = node("UniPic2Reference", positive=positive, negative=negative, vae=vae, image=INPUTS["image"])
     report["reference_keys"] = [len(part[0][1]["reference_latents"]) for part in conds]
     report["input_keys"] = ["reference_latents" in part[0][1] for part in (positive, negative)]
     outputs["reference"], outputs["reference_latent"] = conds[0][0][1]["reference_latents"][0], latent["samples"]
     report["reference_latent_keys"] = list(latent)
-    mask = torch.zeros(1, 64, 96)
-    mask[:, 16:48, 32:64] = 1
     for name, values in (("", {}), ("_differential", {"strength": 1.0})):
         *conds, local = node("UniPic2Reference", positive=positive, negative=negative, vae=vae,
-                             image=INPUTS["image"][:1], mask=mask)  # fmt: skip
+                             image=INPUTS["image"][:1], mask=region())  # fmt: skip
         target = node("DifferentialDiffusion", model=model, **values)[0] if values else model
-        (sampled,) = nodes.KSampler().sample(target, SEED, STEPS, CFG, "euler", "normal", *conds, local)
-        outputs[f"sampling.local{name}"] = sampled["samples"]
+        sampled = sample(target, conds, local)
+        outputs[f"sampling.local{name}"] = sampled
     local_masks(model, positive, negative, vae)
     skip_layer_guidance(model, conds)
     context_windows(model, positive, negative, vae)
@@ -242,8 +252,8 @@ def local_masks(model, positive, negative, vae):
     """A mask of all there is, and a thin stroke on a picture of another size."""
     reference = {"positive": positive, "negative": negative, "vae": vae, "image": INPUTS["image"][:1]}
     *conds, local = node("UniPic2Reference", **reference, mask=torch.ones(1, 64, 96))
-    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, local)
-    outputs["sampling.local_all"] = model.model.process_latent_in(sampled["samples"])
+    sampled = sample(model, conds, local)
+    outputs["sampling.local_all"] = model.model.process_latent_in(sampled)
     stroke = torch.zeros(1, 331, 503)
     stroke[:, 100:103] = 1
     tall = torch.ones(1, 96, 64)
@@ -275,12 +285,12 @@ def context_windows(model, positive, negative, vae):
         (windowed,) = node("ContextWindowsManual", model=model, context_length=length, dim=dim, **values)
         seen.clear()
         try:
-            (sampled,) = nodes.KSampler().sample(windowed, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+            sampled = sample(windowed, conds, latent)
         except Exception as error:
             report[f"windows.{name}"] = f"{type(error).__name__}: {error}"
             continue
         report[f"windows.{name}"] = [width for width, _ in seen[:2]]
-        outputs[f"windows.{name}"] = model.model.process_latent_in(sampled["samples"])
+        outputs[f"windows.{name}"] = model.model.process_latent_in(sampled)
         outputs[f"windows.{name}.seen"] = torch.cat([reference for _, reference in seen[:2]], dim=dim)
         outputs[f"windows.{name}.references"] = model.model.process_latent_in(vae.encode(image))
 
@@ -292,13 +302,13 @@ def skip_layer_guidance(model, conds):
     (skipping,) = node("SkipLayerGuidanceSD3", model=model, **slg)
     (nothing,) = node("SkipLayerGuidanceSD3", model=model, **{**slg, "scale": 0.0})
     for name, target in (("plain", model), ("nothing", nothing)):
-        (sampled,) = nodes.KSampler().sample(target, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
-        outputs[f"sampling.slg_{name}"] = sampled["samples"]
+        sampled = sample(target, conds, latent)
+        outputs[f"sampling.slg_{name}"] = sampled
     skipped, batches = [], report["sampling.edit.batches"]
     second = model.model.diffusion_model.joint_blocks[1].register_forward_hook(lambda *_: skipped.append(1))
-    (sampled,) = nodes.KSampler().sample(skipping, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    sampled = sample(skipping, conds, latent)
     second.remove()
-    outputs["sampling.slg"] = sampled["samples"]
+    outputs["sampling.slg"] = sampled
     report["slg_runs"] = [len(skipped), len(batches)]
 
 
@@ -332,12 +342,12 @@ def easycache(model, conds, latent):
     (cached,) = node("EasyCache", model=model, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
     runs = []
     hook = model.model.diffusion_model.joint_blocks[0].register_forward_hook(lambda *_: runs.append(1))
-    nodes.KSampler().sample(cached, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+    sample(cached, conds, latent)
     hook.remove()
     report["easycache_runs"] = len(runs)
     (exact,) = node("EasyCache", model=model, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False)
-    (sampled,) = nodes.KSampler().sample(exact, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
-    outputs["sampling.easycache_exact"] = model.model.process_latent_in(sampled["samples"])
+    sampled = sample(exact, conds, latent)
+    outputs["sampling.easycache_exact"] = model.model.process_latent_in(sampled)
 
 
 def lazycache(model, conds, latent):
@@ -348,9 +358,9 @@ def lazycache(model, conds, latent):
         values = {"reuse_threshold": threshold, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
         (cached,) = node("LazyCache", model=model, **values)
         runs.clear()
-        (sampled,) = nodes.KSampler().sample(cached, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        sampled = sample(cached, conds, latent)
         report[f"lazycache_runs.{name}"] = len(runs)
-        outputs[f"sampling.lazycache_{name}"] = model.model.process_latent_in(sampled["samples"])
+        outputs[f"sampling.lazycache_{name}"] = model.model.process_latent_in(sampled)
     hook.remove()
 
 
@@ -372,11 +382,9 @@ def guiders(model, conds, latent):
 
 def stock_mask(model, conds, latent):
     """The stock node that sets a mask, behind UniPic2 Reference without one."""
-    mask = torch.zeros(1, 64, 96)
-    mask[:, 16:48, 32:64] = 1
-    (local,) = nodes.SetLatentNoiseMask().set_mask(latent, mask)
-    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, local)
-    outputs["sampling.stock_mask"] = sampled["samples"]
+    (local,) = nodes.SetLatentNoiseMask().set_mask(latent, region())
+    sampled = sample(model, conds, local)
+    outputs["sampling.stock_mask"] = sampled
 
 
 class Residuals(comfy.controlnet.ControlBase):
@@ -401,8 +409,8 @@ def control_object(model, conds, latent):
     for name, value in (("nothing", 0.0), ("something", 0.3)):
         net = Residuals(value)
         applied = nodes.ControlNetApplyAdvanced().apply_controlnet(*conds, net, INPUTS["image"][:1], 1.0, 0.0, 1.0)
-        (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *applied, latent)
-        outputs[f"sampling.control_{name}"] = model.model.process_latent_in(sampled["samples"])
+        sampled = sample(model, applied, latent)
+        outputs[f"sampling.control_{name}"] = model.model.process_latent_in(sampled)
         report[f"control_{name}"] = sorted(set(net.calls))
 
 
@@ -411,17 +419,15 @@ def two_references(model, conds, vae):
     square = INPUTS["image"][:1, :, 16:80]
     *both, latent = node("UniPic2Reference", positive=conds[0], negative=conds[1], vae=vae, image=square)
     report["two_references"] = [[list(r.shape[-2:]) for r in part[0][1]["reference_latents"]] for part in both]
-    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *both, latent)
-    outputs["sampling.two_references"] = sampled["samples"]
+    sampled = sample(model, both, latent)
+    outputs["sampling.two_references"] = sampled
 
 
 def inpaint_conditioning(model, conds, vae):
     """Stock InpaintModelConditioning behind UniPic2 Reference: the mask alone counts, SD3 has no input for more."""
-    mask = torch.zeros(1, 64, 96)
-    mask[:, 16:48, 32:64] = 1
-    *conds, latent = nodes.InpaintModelConditioning().encode(*conds, INPUTS["image"][:1], vae, mask)
-    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
-    outputs["sampling.inpaint"] = sampled["samples"]
+    *conds, latent = nodes.InpaintModelConditioning().encode(*conds, INPUTS["image"][:1], vae, region())
+    sampled = sample(model, conds, latent)
+    outputs["sampling.inpaint"] = sampled
 
 
 def interrupted(model, conds, latent):
@@ -438,12 +444,12 @@ def interrupted(model, conds, latent):
     stopped = model.clone()
     stopped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cancel", cancel)
     try:
-        nodes.KSampler().sample(stopped, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
+        sample(stopped, conds, latent)
         report["interrupted"] = "no"
     except mm.InterruptProcessingException:
         report["interrupted"] = len(seen)
-    (sampled,) = nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", *conds, latent)
-    outputs["sampling.after_interrupt"] = model.model.process_latent_in(sampled["samples"])
+    sampled = sample(model, conds, latent)
+    outputs["sampling.after_interrupt"] = model.model.process_latent_in(sampled)
 
 
 def compiled(editing):

@@ -44,6 +44,12 @@ def fetch(server, path: str) -> bytes:
         return answer.read()
 
 
+def templates(server) -> list[str]:
+    """Return the names of the pack's templates."""
+    (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]
+    return names
+
+
 def graph(page) -> list[dict]:
     """Return what the canvas shows: each node's class, and whether the frontend marks it as faulty."""
     return page.evaluate("window.app.graph._nodes.map(n => ({type: n.type, red: !!n.has_errors}))")
@@ -95,7 +101,7 @@ def test_every_template_opens_whole(server, page):
     """In the real frontend: all nodes of the file, and none marked but those whose files are not on this machine."""
     choose_files = {"LoadImage", "UNETLoader", "VAELoader", "CLIPLoader", "TripleCLIPLoader", "LoraLoaderModelOnly"}
     choose_files |= {"UniPic2ConnectorLoader", "UniPic2Understand"}
-    (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]
+    names = templates(server)
     for name in names:
         path = f"/api/workflow_templates/unipic2/{name}.json"
         page.evaluate("path => fetch(path).then(r => r.json()).then(found => window.app.loadGraphData(found))", path)
@@ -107,7 +113,7 @@ def test_every_template_opens_whole(server, page):
 
 def test_micro_templates_have_thumbnails(server):
     """Those of the published checkpoint have none: it was not run."""
-    (names,) = [found for pack, found in json.loads(fetch(server, "/workflow_templates")).items() if "unipic2" in pack]
+    names = templates(server)
     micro = [name for name in names if name.startswith("micro")]
     assert len(micro) == 10 and len(names) == 21
     for name in micro:

@@ -313,7 +313,7 @@ def test_old_probabilities_are_of_the_batches_of_the_loss(make_trainer):
     assert [len(part) for part in batches] == [3, 3]
     with torch.no_grad():
         for part in batches:
-            again = trainer.learner.old(trainer.trained_model().eval(), trainer._batch(part))
+            again = trainer.learner.old(trainer.trained_model().eval(), trainer._batch(part))["old"]
             assert torch.equal(again.cpu(), trainer._generation["kept"]["old"][:, part])
     left_out = sorted(set(range(12)) - set(torch.cat(list(batches)).tolist()))
     assert len(left_out) == 6 and not trainer._generation["kept"]["old"][:, left_out].any()
@@ -325,7 +325,7 @@ def test_what_grpo_guard_compares_with_is_of_the_batches_of_the_loss(make_traine
     kept, model = trainer._generation["kept"], trainer.trained_model().eval()
     with torch.no_grad():
         for part in trainer._generation["batches"]:
-            again = trainer.learner.means(model, trainer._batch(part)).cpu()
+            again = trainer.learner.old(model, trainer._batch(part))["means"].cpu()
             assert torch.equal(again, kept["means"][:, part])
     assert logged(trainer, "ratio") == [1.0]
 
@@ -347,7 +347,7 @@ def test_awm_is_held_by_the_distance_to_its_average(make_trainer):
     assert logged(held, "ema_distance")[0] == 0 and logged(held, "ema_distance")[-1] > 0
     batch = held._batch(torch.arange(6))
     again = make_trainer("again", ema_beta=1.0, **settings)
-    assert again.learner.average(again.trained_model().eval(), batch).shape == batch["average"].shape
+    assert again.learner.average(again.trained_model().eval(), batch)["average"].shape == batch["average"].shape
 
 
 def test_a_sheet_shows_different_prompts():
