@@ -390,7 +390,8 @@ class UniPic2Reference(_Node):
             category=CATEGORY,
             description=(
                 "Make a picture the reference of an edit. Both prompts get it, as UniPic2 was trained, and the "
-                "latent has its size. The model needs UniPic2 Enable Editing."
+                "latent has its size. The model needs UniPic2 Enable Editing. A second one in a row adds another "
+                "reference: experimental, as UniPic2 was trained with one."
             ),
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The encoded instruction."),

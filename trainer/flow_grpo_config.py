@@ -49,6 +49,13 @@ class FlowGRPOConfig(KontextConfig):
         default=0.0,
         metadata={"help": "Weight of the KL to the starting model, with LoRA to the model without any; 0 is none."},
     )
+    log_kl: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Log how far the model has gone from its start (kl) without a beta, too, in the step before each "
+            "log. Default true with use_peft; full weights need a copy of the model for it."
+        },
+    )
     kl_scaling: str = field(
         default="coded",
         metadata={

@@ -128,12 +128,15 @@ class FlowGRPOTrainer(KontextTrainer):
         self.method = args.estimator
         super().__init__(pipeline, args, train_dataset, previews, callbacks, peft_config)
         self.reference = None
-        if args.beta and peft_config is None:
+        if args.log_kl is None:
+            args.log_kl = peft_config is not None  # then the starting model needs no copy
+        if (args.beta or args.log_kl) and peft_config is None:
             self.reference = copy.deepcopy(pipeline.transformer).requires_grad_(False).eval()
         self.learner = (NoisySteps if args.estimator in POLICY_GRADIENTS else Matching)(self)
         # The old model is the one that is trained while a generation has trained nothing yet.
         whole = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
         self._on_policy = whole and args.old_policy == "current"
+        self._compiled: torch.nn.Module | None = None
 
     @property
     def _repeats(self) -> int:
@@ -190,18 +193,17 @@ class FlowGRPOTrainer(KontextTrainer):
         if is_edit and self.pipeline.sees_pictures:
             pictures = torch.stack([resized(row["source_image"], height, width) for row in rows])
         states, pooled = self.encode_text([row["prompt"] for row in rows], device, pictures)
-        generation = {"states": states[groups.to(device)], "pooled": pooled[groups.to(device)]}
+        # Conditions are kept once for each row, so that they take no more memory for larger groups.
+        generation = {"groups": groups, "text": {"states": states, "pooled": pooled}}
         if args.guidance_scale > 1:
             # Guidance drops the words alone: each edit's empty prompt still sees its picture.
             empty = self.encode_text([""] if pictures is None else [""] * len(rows), device, pictures)
-            generation["empty_states"], generation["empty_pooled"] = (
-                part.expand(len(groups), *part.shape[1:]) if pictures is None else part[groups.to(device)]
-                for part in empty
-            )
+            empty_states, empty_pooled = (part.expand(len(rows), *part.shape[1:]) for part in empty)
+            generation["text"] |= {"empty_states": empty_states, "empty_pooled": empty_pooled}
         if is_edit:
             self.pipeline.vae.to(device)
             reference = self.pipeline.encode_reference([row["source_image"] for row in rows], height, width)
-            generation["reference"] = reference.float()[groups.to(device)]
+            generation["text"]["reference"] = reference.float()
         scale = self.pipeline.vae_scale_factor
         shape = (len(groups), self.pipeline.transformer.config.in_channels, height // scale, width // scale)
         noise = torch.randn(shape, generator=generator)
@@ -210,7 +212,7 @@ class FlowGRPOTrainer(KontextTrainer):
         generation["sigmas"] = snapped(self.pipeline.scheduler.sigmas.cpu())
         window = self.learner.window(self._batches_done // self._repeats)
         step_noise = torch.randn(len(window), *shape, generator=generator)
-        model = self.trained_model().eval()
+        model = self._drawing_model()
         parts, samples = [], [rows[i] for i in groups.tolist()]
         prompts, columns = [sample["prompt"] for sample in samples], columns_of(samples)
         with Beside(self.reward_funcs, prompts, columns, args.num_generations) as beside:
@@ -221,8 +223,8 @@ class FlowGRPOTrainer(KontextTrainer):
                     noise[part].to(device), generation["sigmas"], args.dynamics, args.eta, window, step_noise[:, part],
                     getattr(torch, args.storage_dtype),
                 )  # fmt: skip
-                parts.append(drawn)
                 beside.drawn(self._decode(drawn.latents))
+                parts.append(drawn.cpu())
             rewards, missing = beside.all()
         generation["steps"] = parts[0].steps
         generation["kept"] = self.learner.keep(parts, generation["sigmas"], generator)
@@ -272,18 +274,30 @@ class FlowGRPOTrainer(KontextTrainer):
 
     def _text(self, generation: dict, part: torch.Tensor) -> dict:
         """Return the conditions of some samples."""
-        part = part.to(self.args.device)
-        names = ("states", "pooled", "reference", "empty_states", "empty_pooled")
-        return {name: generation[name][part] for name in names if name in generation}
+        rows = generation["groups"][part].to(self.args.device)
+        return {name: of_rows[rows] for name, of_rows in generation["text"].items()}
+
+    def _drawing_model(self) -> torch.nn.Module:
+        """Return the trained model as rollouts run it, in evaluation mode and compiled where training is.
+
+        That of training is compiled under wrappers of several processes, which wait for gradients.
+        """
+        model, args = self.trained_model().eval(), self.args
+        if not args.torch_compile:
+            return model
+        if self._compiled is None:
+            self._compiled = torch.compile(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        return self._compiled
 
     def velocity(self, model, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
         """Return the velocity (B, C, H, W) that sampling follows, with guidance if there is any."""
         states, pooled, reference = text["states"], text["pooled"], text.get("reference")
-        if "empty_states" not in text:
-            return model(latents, sigmas, (states, pooled), reference)
-        both = torch.cat([text["empty_states"], states]), torch.cat([text["empty_pooled"], pooled])
-        twice = [None if part is None else torch.cat([part, part]) for part in (latents, sigmas, reference)]
-        without, with_text = model(twice[0], twice[1], both, twice[2]).chunk(2)
+        with self.attention():
+            if "empty_states" not in text:
+                return model(latents, sigmas, (states, pooled), reference)
+            both = torch.cat([text["empty_states"], states]), torch.cat([text["empty_pooled"], pooled])
+            twice = [None if part is None else torch.cat([part, part]) for part in (latents, sigmas, reference)]
+            without, with_text = model(twice[0], twice[1], both, twice[2]).chunk(2)
         return without + self.args.guidance_scale * (with_text - without)
 
     def _decode(self, latents: torch.Tensor) -> list:
@@ -355,6 +369,13 @@ class FlowGRPOTrainer(KontextTrainer):
         loss = self.learner.loss(model, inputs)
         loss = loss * (len(inputs["advantages"]) / self._train_batch_size)  # samples that were left out count as 0
         return (loss, None) if return_outputs else loss
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether the loss of this step looks at the starting model: always for its KL, else before each log."""
+        args, every = self.args, self.state.logging_steps
+        logged = args.log_kl and args.logging_strategy == "steps" and (self.state.global_step + 1) % every == 0
+        return bool(args.beta or logged)
 
     @torch.no_grad()
     def reference_velocity(self, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:

@@ -316,17 +316,24 @@ class KontextTrainer(Trainer):
         return super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Do a step with `attention_backend`, in the backward pass too: checkpointed blocks are recomputed there.
+        """Do a step with `attention_backend`, in the backward pass too: checkpointed blocks are recomputed there."""
+        with self.attention():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Use the kernel of `attention_backend` meanwhile.
 
         Raises:
             InputError: there is no such kernel for the device, type or shape.
         """
         name = self.args.attention_backend
         if name == "auto":
-            return super().training_step(model, inputs, num_items_in_batch)
+            yield
+            return
         try:
             with sdpa_kernel(getattr(SDPBackend, ATTENTION_BACKENDS[name])):
-                return super().training_step(model, inputs, num_items_in_batch)
+                yield
         except RuntimeError as error:
             if not any(words in str(error) for words in ("No available kernel", "No viable backend")):
                 raise

@@ -35,7 +35,7 @@ class Matching:
 
     def keep(self, drawn: list[Rollout], sigmas: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Return pictures (1, N, C, H, W), T levels of the schedule (T, N) for each, noise (T, N, C, H, W)."""
-        latents, count = torch.cat([part.latents.cpu() for part in drawn]), self.args.train_timesteps
+        latents, count = torch.cat([part.latents for part in drawn]), self.args.train_timesteps
         orders = [torch.randperm(len(sigmas) - 1, generator=generator)[:count] for _ in latents]
         noise = torch.randn(count, *latents.shape, generator=generator)
         return {"latents": latents[None], "levels": sigmas[torch.stack(orders, dim=1)], "noise": noise}
@@ -67,11 +67,11 @@ class Matching:
             found = awm_loss(new, batch["old"].flatten() if "old" in batch else new, advantages, args.epsilon)
             loss = found.loss.mean()
             note(found.metrics())
-        if args.beta:
+        if self.trainer.measures_kl:
             reference = self.trainer.reference_velocity(**inputs)
             distance = velocity_distance(velocity.flatten(0, 1), reference).mean()
-            loss = loss + args.beta * distance
             note({"kl": distance.item()})
+            loss = loss + args.beta * distance if args.beta else loss
         if "average" in batch:
             distance = velocity_distance(velocity.flatten(0, 1), batch["average"].flatten(0, 1)).mean()
             loss = loss + args.ema_beta * distance

@@ -39,7 +39,7 @@ class NoisySteps:
 
     def keep(self, drawn: list[Rollout], sigmas: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Return what a generation keeps, each (S, N, ...), on the CPU."""
-        return {name: torch.cat([getattr(part, name).cpu() for part in drawn], dim=1) for name in ("before", "after")}
+        return {name: torch.cat([getattr(part, name) for part in drawn], dim=1) for name in ("before", "after")}
 
     def old(self, model, batch: dict) -> dict[str, torch.Tensor]:
         """Return what a later loss compares with, of the model that drew the pictures.
@@ -58,7 +58,8 @@ class NoisySteps:
         old = batch.get("old", new.detach())
         weights = step_weights(batch["sigmas"], batch["steps"]) if args.noise_weighting else [1.0] * len(steps)
         reference = [None] * len(steps)
-        if args.beta:
+        measures_kl = self.trainer.measures_kl
+        if measures_kl:
             velocity = self.trainer.reference_velocity(**inputs).unflatten(0, batch["before"].shape[:2])
             reference = self._transitions(batch, velocity)
         total = 0.0
@@ -71,10 +72,10 @@ class NoisySteps:
             else:
                 found = policy_loss(new[place], old[place], batch["advantages"], args.epsilon, args.epsilon_high)
             loss = float(weight) * found.loss.mean()
-            if args.beta:
+            if measures_kl:
                 distance = kl(step, reference[place], args.kl_scaling).mean()
-                loss = loss + args.beta * distance
                 note({"kl": distance.item()})
+                loss = loss + args.beta * distance if args.beta else loss
             total = total + loss / len(steps)
             note(found.metrics())
         return total

@@ -124,6 +124,11 @@ class Rollout:
     steps: tuple[int, ...]
     """Numbers of the noisy steps in the schedule."""
 
+    def cpu(self) -> "Rollout":
+        """Return the same in main memory."""
+        tensors = (self.latents, self.before, self.after, self.log_probs)
+        return Rollout(*(tensor.cpu() for tensor in tensors), self.steps)
+
 
 def window_start(strategy: str, iteration: int, size: int, first: int, last: int, rng: np.random.Generator) -> int:
     """Return the first step of the window of noisy steps.

@@ -617,6 +617,13 @@ def loader(model, vae):
     small, _ = node("UniPic2Loader", model="single.safetensors", weight_dtype="fp8_e4m3fn")
     report["loader_fp8"] = str(small.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight.dtype)
     outputs["loader.fp8"] = predict(small, "96x64x1", reference=True)
+    for name in ("single", "comfyui"):  # files that hold float8, as people share them
+        tensors = load_file(files / f"{name}.safetensors")
+        save_file({k: t.to(torch.float8_e4m3fn) for k, t in tensors.items()}, files / f"{name}8.safetensors")
+        found, _ = node("UniPic2Loader", model=f"{name}8.safetensors", weight_dtype="default")
+        outputs[f"loader.{name}8"] = predict(found, "96x64x1", reference=True)
+        found = nodes.UNETLoader().load_unet(f"{name}8.safetensors", "default")[0]
+        outputs[f"stock.{name}8"] = predict(node("UniPic2EnableEditing", model=found)[0], "96x64x1", reference=True)
     shifts = [("UniPic2Loader", {"model": f"{name}.safetensors"}) for name in ("single", "shifted", "dynamic")]
     scheduler = Path(MODELS, "sharded", "scheduler", "scheduler_config.json")
     kept = scheduler.read_text()

@@ -176,8 +176,12 @@ def test_loaders_sample_with_the_shift_that_was_trained(comfyui):
     assert [sigma for _, sigma in report["shifts"]] == pytest.approx(half)
 
 
-def test_the_loader_takes_fp8(comfyui):
+@pytest.mark.parametrize("form", ["fp8", "single8", "comfyui8"])
+def test_the_loader_takes_fp8(comfyui, form):
+    """By its choice, and in files of both kinds of keys, which the stock Load Diffusion Model opens as well."""
     tensors, report = comfyui
     assert report["loader_fp8"] == "torch.float8_e4m3fn"
-    exact, found = tensors["forward.96x64x1.edit"], tensors["loader.fp8"]
+    exact, found = tensors["forward.96x64x1.edit"], tensors[f"loader.{form}"]
     assert 1e-4 < (found - exact).abs().mean() < 0.2 * exact.abs().mean()
+    if form != "fp8":
+        assert (tensors[f"stock.{form}"] - found).abs().max() <= 1e-6

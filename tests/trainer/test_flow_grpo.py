@@ -13,8 +13,11 @@ from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from unipic2.trainer.adapters import lora_config
 from unipic2.trainer.flow_grpo_trainer import _of_each_prompt
 from unipic2.trainer.micro.rows import MicroTasks
+from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft
 from unipic2.trainer.rollouts import log_prob
+
+from .judge_server import completion, good
 
 
 def redness(prompts, images, **columns):
@@ -111,6 +114,32 @@ def test_coroutines_are_asked_while_the_next_pictures_are_drawn(make_trainer, mo
     assert logged(trainer, "rewards/plain/mean") == [5.0, 5.0], "columns are not mixed up"
 
 
+def test_a_run_on_a_judge_that_misbehaves(make_trainer, server, capsys):
+    """All that can go wrong in one generation: the run goes on, and pictures without an answer teach nothing."""
+    wrong = [(500, b"out of memory"), "closed", 1.0, (200, b"<html>"), completion('{"scores": [NaN, 5]}'), good(1)]
+    server.behave = lambda number, request: wrong[number] if number < len(wrong) else good(number % 11, 9)
+    judge = EditJudge(server.url, "qwen", timeout=0.5, max_retries=0, concurrency=1, max_failures=100)
+    trainer = trained(make_trainer(reward=judge, edit_ratio=1.0, max_steps=2))
+    assert sum(judge.endpoint.failures.values()) == len(wrong) and len(server.requests) == 24, "two for each picture"
+    said = capsys.readouterr().err
+    assert "6 questions without an answer" in said and "could not be found out for 3 of 6 samples" in said
+    assert all(np.isfinite(logged(trainer, name)).all() for name in ("reward", "grad_norm", "loss"))
+    assert len(logged(trainer, "rewards/edit_judge/mean")) == 2
+    assert all(torch.isfinite(p).all() for p in weights(trainer).values())
+
+
+def test_a_run_whose_judge_is_down_changes_nothing_and_says_so(make_trainer, server, capsys):
+    server.behave = lambda number, request: (500, b"")
+    judge = EditJudge(server.url, "qwen", max_retries=0, concurrency=1, max_failures=3, cooldown=60)
+    trainer = make_trainer(reward=judge, edit_ratio=1.0, weight_decay=0.0)
+    before = weights(trainer)
+    trained(trainer)
+    assert not differences(before, weights(trainer)) and not logged(trainer, "reward")
+    said = capsys.readouterr().err
+    assert "server left alone after status 500" in said and "no reward for any of 6 samples" in said
+    assert len(server.requests) == 3, "the second generation asks nothing"
+
+
 def test_a_coroutine_that_fails_ends_the_run(make_trainer):
     async def broken(prompts, images, **columns):
         raise KeyError("label")
@@ -195,6 +224,16 @@ def test_ratios_leave_one_when_a_generation_is_trained_on_again(make_trainer):
     assert ratios[0] == 1.0 and abs(ratios[2] - 1) > 1e-6
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_conditions_take_no_more_memory_for_larger_groups(make_trainer, guidance_scale):
+    trainer = trained(make_trainer(num_generations=3, edit_ratio=1.0, max_steps=1, guidance_scale=guidance_scale))
+    kept = trainer._generation["text"]
+    assert len(kept) == (3 if guidance_scale == 1 else 5) and {len(of_rows) for of_rows in kept.values()} == {2}
+    part = torch.tensor([4, 0])
+    batch = trainer._batch(part)["text"]
+    assert all(torch.equal(batch[name], of_rows[[1, 0]]) for name, of_rows in kept.items())
+
+
 def test_log_probs_in_training_are_those_of_the_rollout(make_trainer):
     """Of rollouts in parts of a batch, and of all steps in one pass."""
     trainer = make_trainer(max_steps=1, learning_rate=0.0)
@@ -263,6 +302,22 @@ def test_full_weights_have_a_frozen_reference(make_trainer):
     assert all(torch.equal(kept[key], start[key]) for key in start)
     assert differences(weights(trainer), weights(make_trainer("other")))
     assert logged(trainer, "kl")[0] == 0 and logged(trainer, "kl")[-1] > 0
+
+
+@pytest.mark.parametrize("estimator", ["diffusion_nft", "awm", "flow_grpo"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_distance_to_the_start_is_logged_without_a_beta(make_trainer, estimator, peft):
+    """In the steps before logs alone, by themselves of LoRAs, and nothing else is changed by it."""
+    settings = {"estimator": estimator, "peft": peft, "learning_rate": 1e-2, "logging_steps": 2, "max_steps": 4}
+    logging = trained(make_trainer("logging", log_kl=None if peft else True, **settings))
+    silent = trained(make_trainer("silent", log_kl=False if peft else None, **settings))
+    assert not differences(weights(logging), weights(silent))
+    assert not logged(silent, "kl") and silent.reference is None
+    assert len(logged(logging, "kl")) == 2 and min(logged(logging, "kl")) > 0
+    passes = []
+    logging.reference_velocity = lambda latents, **rest: passes.append(1) or torch.zeros_like(latents)
+    trained(logging)
+    assert len(passes) == 2
 
 
 def test_the_micro_verifier_as_reward_is_logged(make_trainer):
@@ -433,6 +488,43 @@ def test_the_old_policy_may_be_the_average(make_trainer, estimator):
 def test_the_average_as_old_policy_needs_matching_and_an_average(make_trainer, settings):
     with pytest.raises(InputError, match="old_policy: found average with"):
         make_trainer(old_policy="average", **settings)
+
+
+def test_rollouts_have_the_chosen_kernel_of_attention(make_trainer, monkeypatch):
+    kernels = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            kernels.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return attend(*args, **kwargs)
+
+    trainer = make_trainer(attention_backend="math", max_steps=1, estimator="diffusion_nft")
+    monkeypatch.setattr(trainer, "encode_text", lambda *args: (torch.zeros(2, 5, 32), torch.zeros(2, 24)))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    trained(trainer)
+    assert set(kernels) == {(False, True)}
+    with pytest.raises(InputError, match="attention_backend: found cudnn, which torch does not have"):
+        make_trainer(attention_backend="cudnn").train()
+
+
+def test_rollouts_of_a_compiled_run_are_compiled(make_trainer, monkeypatch):
+    """By torch.compile's backend that changes nothing: the weights are those of a plain run."""
+    seen = []
+    velocity = FlowGRPOTrainer.velocity
+
+    def noted(self, model, *args, **rest):
+        seen.append((torch.is_grad_enabled(), isinstance(model, torch._dynamo.OptimizedModule)))
+        return velocity(self, model, *args, **rest)
+
+    monkeypatch.setattr(FlowGRPOTrainer, "velocity", noted)
+    settings = {"estimator": "diffusion_nft", "edit_ratio": 1.0}
+    plain = trained(make_trainer("plain", **settings))
+    assert set(seen) == {(False, False), (True, False)}
+    seen.clear()
+    fast = trained(make_trainer("fast", torch_compile=True, torch_compile_backend="eager", **settings))
+    assert set(seen) == {(False, True), (True, True)}, "rollouts and training"
+    assert not differences(weights(plain), dict(fast.trained_model().named_parameters()))
 
 
 def test_matching_is_held_by_the_distance_to_the_start(make_trainer):
