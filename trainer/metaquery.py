@@ -1,5 +1,6 @@
 """`unipic2 train metaquery`: the connector between Qwen2.5-VL and the transformer, from a YAML file and flags."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
     if is_metaquery(folder):
         pipeline = MetaQueryPipeline.from_pretrained(folder, script_args.vlm_name_or_path, torch_dtype=types)
         _check_sizes(pipeline.conditioner.config, script_args.num_queries, given)
+        if script_args.query_init_text is not None and args.process_index == 0:
+            sys.stderr.write(f"query_init_text: no effect, as {folder} has a connector with queries of its own\n")
     else:
         base = StableDiffusion3KontextPipeline.from_pretrained(
             folder, torch_dtype=types, **dict.fromkeys(TEXT_ENCODERS)

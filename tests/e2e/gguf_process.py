@@ -1,8 +1,11 @@
-"""Runs inside ComfyUI's own Python: Qwen2.5-VL-7B as GGUF, two layers of it, through ComfyUI-GGUF's CLIP loader.
+"""Runs inside ComfyUI's own Python: models as GGUF, through the loaders of ComfyUI-GGUF.
 
     python gguf_process.py COMFYUI_ROOT PACK GGUF_PACK WORK_FOLDER
 
-Prints, as JSON, how far MetaQuery Encode's states with the GGUF CLIP are from those with a CLIP of the same weights.
+Prints, as JSON, how far from plain models of the same weights are
+
+- `clip`: MetaQuery Encode's states with Qwen2.5-VL-7B, two layers of it;
+- `model`: what a KSampler draws with the micro transformer.
 """
 
 import asyncio
@@ -44,6 +47,8 @@ VISION_NAMES = {
     "norm1.": "ln1.", "norm2.": "ln2.",
 }  # fmt: skip
 """llama.cpp's names of the two files' tensors."""
+_DOWN, _ACROSS = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 96), indexing="ij")
+PICTURE = torch.stack([_DOWN, _ACROSS, _DOWN * _ACROSS], -1)[None]
 
 
 def random_weights() -> dict[str, torch.Tensor]:
@@ -98,11 +103,23 @@ def write_files() -> dict[str, torch.Tensor]:
         else:
             held[name] = put(vision, renamed(name, VISION_NAMES), tensor)
     for writer in (text, vision):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        close(writer)
     return held
+
+
+def write_transformer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write a transformer with ComfyUI's keys; return what the file holds."""
+    writer = gguf.GGUFWriter(str(WORK / "micro-Q8_0.gguf"), "sd3")
+    held = {name: put(writer, name, tensor) for name, tensor in weights.items()}
+    close(writer)
+    return held
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_lora() -> None:
@@ -123,9 +140,16 @@ async def load_packs() -> None:
             raise SystemExit(f"{pack} does not load")
 
 
-@torch.no_grad()
-def main() -> None:
-    torch.manual_seed(0)
+def compared(given: torch.Tensor, expected: torch.Tensor, without: torch.Tensor) -> dict[str, float]:
+    """Return how far a result is from what is expected, and how much that was changed by a LoRA."""
+    return {
+        "difference": float((given - expected).norm() / expected.norm()),
+        "change": float((expected - without).norm() / expected.norm()),
+    }
+
+
+def clip_report() -> dict:
+    """Return what MetaQuery Encode makes of a GGUF CLIP."""
     stock = comfy.sd.load_text_encoder_state_dicts
     sizes = {"qwen25_7b_model_config": SIZES}
     comfy.sd.load_text_encoder_state_dicts = lambda *args, model_options, **kwargs: stock(
@@ -134,9 +158,6 @@ def main() -> None:
     qwen_vl.Qwen2VLVisionTransformer = partial(qwen_vl.Qwen2VLVisionTransformer, num_layers=2)
     weights = write_files()
     write_lora()
-    for kind in ("text_encoders", "clip", "loras"):
-        folder_paths.add_model_folder_path(kind, str(WORK))
-    asyncio.run(load_packs())
     found = nodes.NODE_CLASS_MAPPINGS
     (quantized,) = found["CLIPLoaderGGUF"]().load_clip("qwen-Q8_0.gguf", "qwen_image")
     kind = comfy.sd.CLIPType.QWEN_IMAGE
@@ -155,7 +176,6 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.7 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
     conditioner.save_pretrained(WORK / "conditioner")
     load_connector = importlib.import_module(f"{package}.comfy_nodes.metaquery").load_connector
-    down, across = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 64), indexing="ij")
     common = {"connector": load_connector(WORK / "conditioner"), "prompt": "make the red circle blue"}
     common |= {"negative_prompt": "", "positions": "1d"}
 
@@ -163,19 +183,59 @@ def main() -> None:
         return found["UniPic2MetaQueryEncode"].execute(clip=clip, image=image, **common).args[0][0][0].float()
 
     report, without = {}, {}
-    for name, image in (("text", None), ("picture", torch.stack([down, across, down * across], -1)[None])):
+    for name, image in (("text", None), ("picture", PICTURE)):
         for lora in ("", " with a LoRA"):
             clips = [plain, quantized]
             if lora:
                 clips = [nodes.LoraLoader().load_lora(None, c, "lora.safetensors", 0.0, 1.0)[1] for c in clips]
             expected, given = (states(clip, image) for clip in clips)
             without.setdefault(name, expected)
-            report[f"{name}{lora}"] = {
-                "difference": float((given - expected).norm() / expected.norm()),
-                "change": float((expected - without[name]).norm() / expected.norm()),
-            }
-    report["patcher"] = type(quantized.patcher).__name__
-    print(json.dumps(report))
+            report[f"{name}{lora}"] = compared(given, expected, without[name])
+    return {"patcher": type(quantized.patcher).__name__, **report}
+
+
+def model_report() -> dict:
+    """Return what the stock sampler draws with a GGUF MODEL, with a reference and without."""
+    found = nodes.NODE_CLASS_MAPPINGS
+    whole, clip, vae = found["UniPic2MicroLoader"].execute(model="micro (bundled)").args
+    weights = {name: tensor.float() for name, tensor in whole.model.diffusion_model.state_dict().items()}
+    held = write_transformer(weights)
+    (quantized,) = found["UnetLoaderGGUF"]().load_unet("micro-Q8_0.gguf")
+    plain = comfy.sd.load_diffusion_model_state_dict(dict(held), model_options={"dtype": torch.float32})
+    module, rank = "diffusion_model.joint_blocks.1.x_block.attn.qkv", 4
+    wide, narrow = held["joint_blocks.1.x_block.attn.qkv.weight"].shape
+    lora = {"lora_A.weight": torch.randn(rank, narrow) / narrow**0.5, "lora_B.weight": torch.randn(wide, rank) / 4}
+    save_file({f"{module}.{name}": tensor for name, tensor in lora.items()}, WORK / "model_lora.safetensors")
+    prompts = (
+        found["UniPic2TextEncode"].execute(clip=clip, prompt="make it blue", negative_prompt="", task="edit").args
+    )
+    edit = found["UniPic2Reference"].execute(positive=prompts[0], negative=prompts[1], vae=vae, image=PICTURE).args
+    drawings = {"text": (prompts[:2], {"samples": torch.zeros(1, 16, 8, 12)}), "edit": (edit[:2], edit[2])}
+    report, without = {}, {}
+    for name, (conds, latent) in drawings.items():
+        for lora in ("", " with a LoRA"):
+            drawn = []
+            for model in (plain, quantized):
+                (model,) = found["UniPic2EnableEditing"].execute(model=model).args
+                if lora:
+                    (model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "model_lora.safetensors", 1.0)
+                drawn.append(
+                    nodes.KSampler().sample(model, 3, 4, 1.5, "euler", "normal", *conds, latent)[0]["samples"]
+                )
+            expected, given = drawn
+            without.setdefault(name, expected)
+            report[f"{name}{lora}"] = compared(given, expected, without[name])
+    report["reference"] = float((without["edit"] - without["text"]).norm() / without["text"].norm())
+    return {"patcher": type(quantized).__name__, **report}
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    for kind in ("text_encoders", "clip", "loras", "diffusion_models"):
+        folder_paths.add_model_folder_path(kind, str(WORK))
+    asyncio.run(load_packs())
+    print(json.dumps({"clip": clip_report(), "model": model_report()}))
 
 
 main()

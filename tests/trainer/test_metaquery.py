@@ -839,7 +839,7 @@ def test_the_command_trains_a_new_connector_and_exports(
     assert load_metaquery(script_args, args).conditioner.num_queries == 3
 
 
-def test_queries_of_a_new_connector_may_begin_with_words(make_pipeline, make_small_pipeline, tmp_path):
+def test_queries_of_a_new_connector_may_begin_with_words(make_pipeline, make_small_pipeline, tmp_path, capsys):
     make_pipeline().save_pretrained(tmp_path / "mq")
     make_small_pipeline().save_pretrained(tmp_path / "base")
     argv = [
@@ -854,6 +854,10 @@ def test_queries_of_a_new_connector_may_begin_with_words(make_pipeline, make_sma
     assert pipe.conditioner.meta_queries.requires_grad
     with pytest.raises(InputError, match="query_init_text: found '', expected words"):
         load_metaquery(*parse([*argv, "--query_init_text", ""]))
+    assert "query_init_text" not in capsys.readouterr().err
+    there = ["--model_name_or_path", str(tmp_path / "mq"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    load_metaquery(*parse([*there, "--query_init_text", "red circle"]))
+    assert "query_init_text: no effect, as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metaquery_micro", "metaquery_sd35m"])
