@@ -14,5 +14,5 @@ class UniPic2Extension(ComfyExtension):
     async def get_node_list(self):
         """Return the node classes in menu order."""
         # Here, not in on_load: ComfyUI 0.3.64 does not call that one.
-        micro_model.register_folder()
+        micro_model.register_folders()
         return list(nodes.NODES)

@@ -15,7 +15,7 @@ from comfy.supported_models_base import ClipTarget
 from ..core.checkpoint import read_component
 from ..core.errors import InputError
 from ..core.files import VLM_LORA_FILE, VLM_LORA_FOLDER
-from ..core.micro import BUNDLED_MODELS, TEXT_ENCODER_CONFIG, component_dir, weights_dir
+from ..core.micro import BUNDLED_MODELS, LORAS_DIR, TEXT_ENCODER_CONFIG, component_dir, weights_dir
 from . import micro_qwen, published
 
 _BUNDLED = {f"{name} (bundled)": weights_dir(name) for name in BUNDLED_MODELS}
@@ -24,9 +24,10 @@ CLIP_KEY = "unipic2_micro"
 """Key of the micro tokens in what `clip.tokenize` returns."""
 
 
-def register_folder() -> None:
-    """Make `models/unipic2` a model folder that `extra_model_paths.yaml` can extend."""
+def register_folders() -> None:
+    """Make `models/unipic2` a model folder that `extra_model_paths.yaml` can extend, and offer the bundled LoRA."""
     folder_paths.add_model_folder_path(published.FOLDER_KEY, str(Path(folder_paths.models_dir) / published.FOLDER_KEY))
+    folder_paths.add_model_folder_path("loras", str(LORAS_DIR))
 
 
 def available_models() -> dict[str, Path]:

@@ -91,6 +91,9 @@ BUNDLED_MODELS = ("micro", "micro-pretrained", "micro-metaquery")
 
 _WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
+LORAS_DIR = _WEIGHTS / "loras"
+"""LoRAs of `micro`, which ComfyUI's LoRA loaders offer."""
+
 
 def weights_dir(name: str = "micro") -> Path:
     """Return the folder of one of `BUNDLED_MODELS`, in the published layout but for the parts it shares."""

@@ -52,8 +52,9 @@ class FlowGRPOConfig(KontextConfig):
     log_kl: bool | None = field(
         default=None,
         metadata={
-            "help": "Log how far the model has gone from its start (kl) without a beta, too, in the step before each "
-            "log. Default true with use_peft; full weights need a copy of the model for it."
+            "help": "Log how far the model has gone from its start (kl; with LoRA from the model without any) without "
+            "a beta, too. That is one more pass without gradients in the step before each log. Default true with "
+            "use_peft; full weights need a copy of the model for it."
         },
     )
     kl_scaling: str = field(
@@ -220,6 +221,8 @@ class FlowGRPOConfig(KontextConfig):
                 f"ema_decay {self.ema_decay}, ema_update_steps {self.ema_update_steps}: pictures are drawn by an "
                 f"average of about {age:.0f} updates; DiffusionNFT is usual with an ema_decay of 0.5 to 0.9"
             )
+        if self.log_kl and not self.beta and self.logging_strategy != "steps":
+            found.append(f"log_kl: no effect with logging_strategy {self.logging_strategy.value}")
         if self.log_completions and not self.preview_steps:
             found.append("log_completions: no sheets, as preview_steps is 0")
         return found

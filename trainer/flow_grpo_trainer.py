@@ -94,6 +94,17 @@ def _best_and_worst(rewards: torch.Tensor, prompts: list[str], images: list, sou
     return contact_sheet(cells, columns=_SHOWN, edge=_THUMBNAIL)
 
 
+class _Drawing(torch.nn.Module):
+    """A model for rollouts: with a `forward` of its own torch.compile keeps their shapes apart from training's."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs) -> torch.Tensor:
+        return self.model(*inputs)
+
+
 class FlowGRPOTrainer(KontextTrainer):
     """Draws groups of pictures, has them scored, and makes the better ones more likely, as `args.estimator` does it.
 
@@ -128,9 +139,9 @@ class FlowGRPOTrainer(KontextTrainer):
         self.method = args.estimator
         super().__init__(pipeline, args, train_dataset, previews, callbacks, peft_config)
         self.reference = None
-        if args.log_kl is None:
-            args.log_kl = peft_config is not None  # then the starting model needs no copy
-        if (args.beta or args.log_kl) and peft_config is None:
+        logs_kl = args.log_kl if args.log_kl is not None else peft_config is not None  # which needs no copy
+        self._logs_kl = logs_kl and args.logging_strategy == "steps"
+        if (args.beta or self._logs_kl) and peft_config is None:
             self.reference = copy.deepcopy(pipeline.transformer).requires_grad_(False).eval()
         self.learner = (NoisySteps if args.estimator in POLICY_GRADIENTS else Matching)(self)
         # The old model is the one that is trained while a generation has trained nothing yet.
@@ -286,7 +297,8 @@ class FlowGRPOTrainer(KontextTrainer):
         if not args.torch_compile:
             return model
         if self._compiled is None:
-            self._compiled = torch.compile(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            backend, mode = args.torch_compile_backend, args.torch_compile_mode
+            self._compiled = torch.compile(_Drawing(model), backend=backend, mode=mode)
         return self._compiled
 
     def velocity(self, model, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:
@@ -373,9 +385,9 @@ class FlowGRPOTrainer(KontextTrainer):
     @property
     def measures_kl(self) -> bool:
         """Whether the loss of this step looks at the starting model: always for its KL, else before each log."""
-        args, every = self.args, self.state.logging_steps
-        logged = args.log_kl and args.logging_strategy == "steps" and (self.state.global_step + 1) % every == 0
-        return bool(args.beta or logged)
+        args, step = self.args, self.state.global_step + 1
+        logged = step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        return bool(args.beta or (self._logs_kl and logged))
 
     @torch.no_grad()
     def reference_velocity(self, latents: torch.Tensor, sigmas: torch.Tensor, text: dict) -> torch.Tensor:

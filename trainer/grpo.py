@@ -133,6 +133,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "estimator": args.estimator,
         "old_policy": args.old_policy,
         "nft_beta": args.nft_beta,
+        "beta": args.beta,
         "num_generations": args.num_generations,
         "steps_per_generation": args.steps_per_generation,
         "num_iterations": args.num_iterations,

@@ -88,7 +88,8 @@ def model_card(
     rows = []
     for setting in shown:
         if setting not in _OF_LORA or args.vlm_lora_r:
-            values = [str(getattr(stage, setting)) for stage in stages]
+            values = [getattr(stage, setting) for stage in stages]
+            values = [str(getattr(value, "value", value)) for value in values]  # names of transformers' choices
             rows.append(f"| {setting} | {values[0] if len(set(values)) == 1 else ', then '.join(values)} |")
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",

@@ -19,6 +19,7 @@ NAMES = [
     "micro_edit_full_size",
     "micro_edit_local",
     "micro_edit_batch",
+    "micro_edit_lora",
     "micro_metaquery_text_to_image",
     "micro_metaquery_edit",
     "micro_metaquery_understand_edit",

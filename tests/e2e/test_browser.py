@@ -115,7 +115,7 @@ def test_micro_templates_have_thumbnails(server):
     """Those of the published checkpoint have none: it was not run."""
     names = templates(server)
     micro = [name for name in names if name.startswith("micro")]
-    assert len(micro) == 10 and len(names) == 21
+    assert len(micro) == 11 and len(names) == 22
     for name in micro:
         assert fetch(server, f"/api/workflow_templates/unipic2/{name}.jpg").startswith(b"\xff\xd8"), name
 

@@ -16,6 +16,7 @@ from unipic2.cli.comfyui import Server, resolve_install
 from unipic2.core.micro import EDIT_GUIDANCE_SCALE, weights_dir
 from unipic2.trainer import MetaQueryPipeline, StableDiffusion3KontextPipeline
 from unipic2.trainer.micro.evaluate import draw, eval_edit_tasks, eval_t2i_tasks, judge
+from unipic2.trainer.micro.verifier import read_scene
 from unipic2.trainer.micro.world import GROUNDS, render
 
 pytestmark = pytest.mark.comfyui
@@ -40,10 +41,11 @@ def metaquery():
     return MetaQueryPipeline.from_pretrained("micro-metaquery", torch_dtype=torch.float32)
 
 
-def run_workflow(server, name, task, seed, folder, source=None):
+def run_workflow(server, name, task, seed, folder, source=None, *options):
     """Draw one task with `unipic2 run` and return the saved picture."""
     out = folder / f"{name}_{seed}.png"
     arguments = ["run", name, "--server", server.url, "--prompt", task.prompt, "--seed", str(seed), "-o", str(out)]
+    arguments += options
     if source is not None:
         path = folder / f"source_{seed}.png"
         source.save(path)
@@ -115,6 +117,26 @@ def test_edit_with_easycache(server, tmp_path):
     assert len(skipped) == len(tasks) and min(skipped) > 0
     assert after >= before - 0.2
     assert apart < 20
+
+
+def test_edit_with_lora(server, tmp_path):
+    """The bundled LoRA brings edits onto beige, by the stock loader; at strength 0 they are those without it."""
+    tasks = [task for task in eval_edit_tasks(24, SEED) if task.kind != "background" and task.source.ground != "beige"]
+    with_lora, without, plain = (
+        [run_workflow(server, name, task, SEED + i, tmp_path, render(task.source), *options)
+         for i, task in enumerate(tasks[:count])]
+        for name, count, options in (
+            ("micro_edit_lora", 12, ()),
+            ("micro_edit_lora", 2, ("--set", "LoraLoaderModelOnly.strength_model=0")),
+            ("micro_edit", 2, ()),
+        )
+    )  # fmt: skip
+    on_beige = [replace(task, target=replace(task.target, ground="beige")) for task in tasks[:12]]
+    grounds = [read_scene(image).ground for image in with_lora]
+    right = accuracy(with_lora, on_beige)
+    print(f"strict with the LoRA {right:.3f}; grounds {grounds}")
+    assert grounds.count("beige") >= 11 and right >= 0.5
+    assert distance(without, plain) == 0
 
 
 def test_edit_at_full_size(server, tmp_path):

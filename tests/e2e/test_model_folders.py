@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfyui
 
 def test_they_are_offered_and_draw(tmp_path):
     models, source = tmp_path / "models", tmp_path / "source.png"
-    pipeline = StableDiffusion3KontextPipeline.from_pretrained("micro", torch_dtype=torch.float16)
+    pipeline = StableDiffusion3KontextPipeline.from_pretrained("micro-pretrained", torch_dtype=torch.float16)
     pipeline.save_pretrained(models / "unipic2" / "mine")
     pipeline.save_pretrained(models / "diffusion_models" / "theirs")
     task = eval_edit_tasks(1, 0)[0]
@@ -31,10 +31,12 @@ def test_they_are_offered_and_draw(tmp_path):
             offered[node] = info["input"]["required"]["model"][1]["options"]
         assert "mine" in offered["UniPic2Loader"] and "theirs" in offered["UniPic2Loader"]
         assert "mine" in offered["UniPic2MicroLoader"]
-        for options in ((), ("--set", "UniPic2MicroLoader.model=mine")):
+        for name in ("mine", "micro-pretrained (bundled)", "micro (bundled)"):
             out = tmp_path / f"out{len(drawn)}.png"
             arguments = ["run", "micro_edit", "--server", server.url, "--image", str(source), "--prompt", task.prompt]
-            assert main([*arguments, "--seed", "1", "-o", str(out), *options]) == 0
+            arguments += ["--seed", "1", "-o", str(out), "--set", f"UniPic2MicroLoader.model={name}"]
+            assert main(arguments) == 0
             with Image.open(out) as image:
                 drawn.append(np.asarray(image.convert("RGB"), int))
-    assert drawn[0].std() > 5 and np.array_equal(*drawn)
+    mine, same, other = drawn
+    assert mine.std() > 5 and np.array_equal(mine, same) and not np.array_equal(mine, other)

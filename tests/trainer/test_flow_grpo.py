@@ -314,6 +314,7 @@ def test_the_distance_to_the_start_is_logged_without_a_beta(make_trainer, estima
     assert not differences(weights(logging), weights(silent))
     assert not logged(silent, "kl") and silent.reference is None
     assert len(logged(logging, "kl")) == 2 and min(logged(logging, "kl")) > 0
+    assert logging.args.log_kl is (None if peft else True), "settings stay what they were"
     passes = []
     logging.reference_velocity = lambda latents, **rest: passes.append(1) or torch.zeros_like(latents)
     trained(logging)
@@ -596,6 +597,8 @@ def test_the_default_is_diffusion_nft_by_the_average(tmp_path):
     args = FlowGRPOConfig(**settings, eta=0.5, sde_window_size=2, epsilon=0.1, awm_power=0.5, train_timesteps=2)
     unread = "epsilon, eta, sde_window_size, awm_power: no effect with estimator diffusion_nft"
     assert args.warnings() == [unread]
+    (unlogged,) = FlowGRPOConfig(**settings, log_kl=True, logging_strategy="epoch").warnings()
+    assert unlogged == "log_kl: no effect with logging_strategy epoch"
     slow = {"ema_decay": 0.99, "log_completions": True, "preview_steps": 0}
     old, sheets = FlowGRPOConfig(**settings, **slow).warnings()
     assert "an average of about 100 updates" in old and sheets.startswith("log_completions: no sheets")

@@ -63,7 +63,11 @@ def test_a_card_has_the_settings_of_its_estimator_and_no_bundled_base(tmp_path):
     args = FlowGRPOConfig(**settings)
     text = hub.model_card("x", "micro-pretrained", ["micro"], args, 7, lora=False)
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
-    assert "| old_policy | average |" in text and "| nft_beta | 1.0 |" in text
+    assert (
+        "| lr_scheduler_type | linear |" in text
+        and "| old_policy | average |" in text
+        and "| nft_beta | 1.0 |" in text
+    )
     assert "| eta |" not in text and "| awm_power |" not in text
 
 

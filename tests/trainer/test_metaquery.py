@@ -858,6 +858,11 @@ def test_queries_of_a_new_connector_may_begin_with_words(make_pipeline, make_sma
     there = ["--model_name_or_path", str(tmp_path / "mq"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     load_metaquery(*parse([*there, "--query_init_text", "red circle"]))
     assert "query_init_text: no effect, as" in capsys.readouterr().err
+    (tmp_path / "run/stage-1").mkdir(parents=True)
+    (tmp_path / "mq").rename(tmp_path / "run/stage-1/export")
+    there[1], there[3] = str(tmp_path / "run/stage-1/export"), str(tmp_path / "run/stage-2")
+    load_metaquery(*parse([*there, "--query_init_text", "red circle"]))
+    assert "query_init_text" not in capsys.readouterr().err, "the first stage began with the words"
 
 
 @pytest.mark.parametrize("name", ["metaquery_micro", "metaquery_sd35m"])
