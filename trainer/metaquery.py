@@ -31,7 +31,7 @@ from .script import (
     run_command,
     train_and_export,
 )
-from .stages import parse_stages
+from .stages import is_earlier_stage, parse_stages
 
 PUBLISHED_SIZES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 24}
 PUBLISHED_QUERIES = 256
@@ -121,9 +121,8 @@ def load_metaquery(script_args: MetaQueryArguments, args: MetaQueryConfig) -> Me
     if is_metaquery(folder):
         pipeline = MetaQueryPipeline.from_pretrained(folder, script_args.vlm_name_or_path, torch_dtype=types)
         _check_sizes(pipeline.conditioner.config, script_args.num_queries, given)
-        later_stage = folder.resolve().parent.parent == Path(args.output_dir).resolve().parent
-        later_stage &= Path(args.output_dir).name.startswith("stage-")  # whose first stage began with the words
-        if script_args.query_init_text is not None and args.process_index == 0 and not later_stage:
+        begun = is_earlier_stage(folder, args.output_dir)  # with the words
+        if script_args.query_init_text is not None and args.process_index == 0 and not begun:
             sys.stderr.write(f"query_init_text: no effect, as {folder} has a connector with queries of its own\n")
     else:
         base = StableDiffusion3KontextPipeline.from_pretrained(

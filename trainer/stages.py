@@ -19,6 +19,7 @@ from ..core.errors import InputError
 from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable, replaced_folder
 
 _KEY = "stages"
+_FOLDER = "stage-"
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
 """Settings that belong to the whole run."""
 
@@ -89,10 +90,10 @@ def parse_stages(
                     expected = "training of full weights in stages"
                     raise InputError("use_peft", found="true", expected=expected, remedy=remedy)
                 output_dir = output_dir or Path(whole.output_dir)
-                flags += ["--output_dir", str(output_dir / f"stage-{number + 1}")]
+                flags += ["--output_dir", str(output_dir / f"{_FOLDER}{number + 1}")]
                 if number:
                     start = "--lora_name_or_path" if script_args.use_peft else "--model_name_or_path"
-                    flags += [start, str(output_dir / f"stage-{number}" / "export")]
+                    flags += [start, str(output_dir / f"{_FOLDER}{number}" / "export")]
                 if number and whole.data_seed is None:  # else each stage would begin with the same samples and noise
                     flags += ["--data_seed", str(whole.seed + number)]
                 if number + 1 < len(stages):
@@ -103,6 +104,12 @@ def parse_stages(
             except InputError as error:
                 raise InputError(f"{_KEY}[{number}]: {str(error).rstrip('.')}") from None
     return parsed
+
+
+def is_earlier_stage(model: Path, output_dir: str | Path) -> bool:
+    """Return whether a model is what another stage of the same run exported; `output_dir` is this stage's."""
+    output_dir = Path(output_dir).resolve()
+    return output_dir.name.startswith(_FOLDER) and model.resolve().parent.parent == output_dir.parent
 
 
 def _check(stages: object, of_the_run: tuple[str, ...]) -> None:

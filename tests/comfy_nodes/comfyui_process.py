@@ -231,8 +231,7 @@ def sampling(model, clip, vae):
         *conds, local = node("UniPic2Reference", positive=positive, negative=negative, vae=vae,
                              image=INPUTS["image"][:1], mask=region())  # fmt: skip
         target = node("DifferentialDiffusion", model=model, **values)[0] if values else model
-        sampled = sample(target, conds, local)
-        outputs[f"sampling.local{name}"] = sampled
+        outputs[f"sampling.local{name}"] = sample(target, conds, local)
     local_masks(model, positive, negative, vae)
     skip_layer_guidance(model, conds)
     context_windows(model, positive, negative, vae)
@@ -252,8 +251,7 @@ def local_masks(model, positive, negative, vae):
     """A mask of all there is, and a thin stroke on a picture of another size."""
     reference = {"positive": positive, "negative": negative, "vae": vae, "image": INPUTS["image"][:1]}
     *conds, local = node("UniPic2Reference", **reference, mask=torch.ones(1, 64, 96))
-    sampled = sample(model, conds, local)
-    outputs["sampling.local_all"] = model.model.process_latent_in(sampled)
+    outputs["sampling.local_all"] = model.model.process_latent_in(sample(model, conds, local))
     stroke = torch.zeros(1, 331, 503)
     stroke[:, 100:103] = 1
     tall = torch.ones(1, 96, 64)
@@ -302,8 +300,7 @@ def skip_layer_guidance(model, conds):
     (skipping,) = node("SkipLayerGuidanceSD3", model=model, **slg)
     (nothing,) = node("SkipLayerGuidanceSD3", model=model, **{**slg, "scale": 0.0})
     for name, target in (("plain", model), ("nothing", nothing)):
-        sampled = sample(target, conds, latent)
-        outputs[f"sampling.slg_{name}"] = sampled
+        outputs[f"sampling.slg_{name}"] = sample(target, conds, latent)
     skipped, batches = [], report["sampling.edit.batches"]
     second = model.model.diffusion_model.joint_blocks[1].register_forward_hook(lambda *_: skipped.append(1))
     sampled = sample(skipping, conds, latent)
@@ -346,8 +343,7 @@ def easycache(model, conds, latent):
     hook.remove()
     report["easycache_runs"] = len(runs)
     (exact,) = node("EasyCache", model=model, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False)
-    sampled = sample(exact, conds, latent)
-    outputs["sampling.easycache_exact"] = model.model.process_latent_in(sampled)
+    outputs["sampling.easycache_exact"] = model.model.process_latent_in(sample(exact, conds, latent))
 
 
 def lazycache(model, conds, latent):
@@ -383,8 +379,7 @@ def guiders(model, conds, latent):
 def stock_mask(model, conds, latent):
     """The stock node that sets a mask, behind UniPic2 Reference without one."""
     (local,) = nodes.SetLatentNoiseMask().set_mask(latent, region())
-    sampled = sample(model, conds, local)
-    outputs["sampling.stock_mask"] = sampled
+    outputs["sampling.stock_mask"] = sample(model, conds, local)
 
 
 class Residuals(comfy.controlnet.ControlBase):
@@ -409,8 +404,7 @@ def control_object(model, conds, latent):
     for name, value in (("nothing", 0.0), ("something", 0.3)):
         net = Residuals(value)
         applied = nodes.ControlNetApplyAdvanced().apply_controlnet(*conds, net, INPUTS["image"][:1], 1.0, 0.0, 1.0)
-        sampled = sample(model, applied, latent)
-        outputs[f"sampling.control_{name}"] = model.model.process_latent_in(sampled)
+        outputs[f"sampling.control_{name}"] = model.model.process_latent_in(sample(model, applied, latent))
         report[f"control_{name}"] = sorted(set(net.calls))
 
 
@@ -419,15 +413,13 @@ def two_references(model, conds, vae):
     square = INPUTS["image"][:1, :, 16:80]
     *both, latent = node("UniPic2Reference", positive=conds[0], negative=conds[1], vae=vae, image=square)
     report["two_references"] = [[list(r.shape[-2:]) for r in part[0][1]["reference_latents"]] for part in both]
-    sampled = sample(model, both, latent)
-    outputs["sampling.two_references"] = sampled
+    outputs["sampling.two_references"] = sample(model, both, latent)
 
 
 def inpaint_conditioning(model, conds, vae):
     """Stock InpaintModelConditioning behind UniPic2 Reference: the mask alone counts, SD3 has no input for more."""
     *conds, latent = nodes.InpaintModelConditioning().encode(*conds, INPUTS["image"][:1], vae, region())
-    sampled = sample(model, conds, latent)
-    outputs["sampling.inpaint"] = sampled
+    outputs["sampling.inpaint"] = sample(model, conds, latent)
 
 
 def interrupted(model, conds, latent):
@@ -448,8 +440,7 @@ def interrupted(model, conds, latent):
         report["interrupted"] = "no"
     except mm.InterruptProcessingException:
         report["interrupted"] = len(seen)
-    sampled = sample(model, conds, latent)
-    outputs["sampling.after_interrupt"] = model.model.process_latent_in(sampled)
+    outputs["sampling.after_interrupt"] = model.model.process_latent_in(sample(model, conds, latent))
 
 
 def compiled(editing):
