@@ -6,6 +6,7 @@ draws (`data_seed`). What the last one exports is the result, in `output_dir/exp
 """
 
 import gc
+import json
 import os
 import shutil
 import sys
@@ -16,10 +17,17 @@ import torch
 import yaml
 
 from ..core.errors import InputError
-from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable, replaced_folder
+from ..core.files import COMFYUI_LORA, PIPELINE_INDEX, check_replaceable, replaced_folder, write_file
 
 _KEY = "stages"
 _FOLDER = "stage-"
+_SETTINGS = "settings.json"
+_CHANGES_NO_WEIGHTS = (
+    "dataloader_", "disable_tqdm", "eval_", "hub_", "judge_concurrency", "judge_max_retries", "judge_timeout", "log_",
+    "logging_", "output_dir", "preview_", "project", "push_to_hub", "report_to", "resume", "run_name", "save_",
+    "trackio_",
+)  # fmt: skip
+"""How settings begin that a finished stage need not have in common with what is asked now."""
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
 """Settings that belong to the whole run."""
 
@@ -124,7 +132,7 @@ def _check(stages: object, of_the_run: tuple[str, ...]) -> None:
 
 
 def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> Path:
-    """Run all stages; a stage that is done is passed over under `resume`.
+    """Run all stages; one that is done is passed over under `resume`, and which of its settings were others is said.
 
     Args:
         parsed: from `parse_stages`.
@@ -141,10 +149,15 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
     check_replaceable(export)
     for number, (script_args, args) in enumerate(parsed, start=1):
         last = Path(args.output_dir) / "export"
+        settings = json.loads(json.dumps(args.to_sanitized_dict() | vars(script_args), default=str))
         if script_args.resume and any((last / name).is_file() for name in (PIPELINE_INDEX, COMFYUI_LORA)):
-            sys.stderr.write(f"[stage {number} of {len(parsed)}] done before\n")
+            others = _other_settings(last.parent, settings)
+            sys.stderr.write(f"[stage {number} of {len(parsed)}] done before{others}\n")
         else:
             sys.stderr.write(f"[stage {number} of {len(parsed)}] starts\n")
+            if args.process_index == 0:
+                last.parent.mkdir(parents=True, exist_ok=True)
+                write_file(last.parent / _SETTINGS, json.dumps(settings, indent=2) + "\n")
             gc.collect()  # the trainer of the stage before, which refers to itself
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -154,6 +167,20 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
         with replaced_folder(export) as unfinished:
             shutil.copytree(last, unfinished, copy_function=_linked)
     return export
+
+
+def _other_settings(folder: Path, settings: dict) -> str:
+    """Return in words which settings of a finished stage are others than now, "" where there are none."""
+    path = folder / _SETTINGS
+    if not path.is_file():
+        return ""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} {kept.get(name)} (now {settings.get(name)})"
+        for name in sorted(kept.keys() | settings.keys())
+        if kept.get(name) != settings.get(name) and not name.startswith(_CHANGES_NO_WEIGHTS)
+    ]
+    return f", with {', '.join(changed)}; delete {folder} to train it anew" if changed else ""
 
 
 def _linked(source: str, target: str) -> str:

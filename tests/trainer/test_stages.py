@@ -45,8 +45,20 @@ def test_each_stage_starts_from_the_last(config, tmp_path, capfd):
     before = (tmp_path / "run/export" / WEIGHTS).read_bytes()
     assert main(argv) == 0
     said = capfd.readouterr().err
-    assert "[stage 1 of 2] done before" in said and "[stage 2 of 2] done before" in said
+    assert "[stage 1 of 2] done before\n" in said and "[stage 2 of 2] done before\n" in said
     assert (tmp_path / "run/export" / WEIGHTS).read_bytes() == before
+
+
+def test_a_finished_stage_that_is_asked_for_with_other_settings_says_so(config, tmp_path, capfd):
+    stages = [{"max_steps": 1}, {"learning_rate": 2e-3}]
+    assert main(config(stages, resume=True)) == 0
+    capfd.readouterr()
+    changed = [{"max_steps": 3}, {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 7}]
+    assert main(config(changed, resume=True)) == 0
+    said = capfd.readouterr().err
+    folders = [tmp_path / f"run/stage-{n}" for n in (1, 2)]
+    assert f"[stage 1 of 2] done before, with max_steps 1 (now 3); delete {folders[0]} to train it anew\n" in said
+    assert f"done before, with learning_rate 0.002 (now 0.001); delete {folders[1]} to train it anew\n" in said
 
 
 def test_a_later_stage_starts_where_the_earlier_one_ended(config, tmp_path):
