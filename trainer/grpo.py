@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_share
 from .adapters import load_lora
 from .data.prompts import PromptDataset
 from .data.sources import open_source
@@ -46,12 +46,20 @@ class GRPOArguments(RewardArguments, ScriptArguments):
     edit_kinds: list[str] = field(
         default_factory=lambda: list(EDIT_KINDS), metadata={"help": "Micro world: kinds of edits, likewise."}
     )
+    same_color_edits: float = field(
+        default=0.0,
+        metadata={
+            "help": "Micro world: share of edits that are drawn until another thing has the color of the one that is "
+            "edited, so that the shape alone says which is meant; of the others about one in eight, by chance."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("num_prompts", "num_edits"):
             if getattr(self, name) < 1:
                 raise InputError(name, found=getattr(self, name), expected="at least 1")
+        check_share("same_color_edits", self.same_color_edits)
 
 
 def parse(argv: list[str]) -> tuple[GRPOArguments, FlowGRPOConfig]:
@@ -86,7 +94,7 @@ def load_rows(names: list[str], script_args: GRPOArguments, args: FlowGRPOConfig
     if names == [MICRO]:
         check_micro(pipeline)
         counts = script_args.num_prompts, script_args.num_edits
-        return MicroTasks(*counts, script_args.prompt_kinds, script_args.edit_kinds)
+        return MicroTasks(*counts, script_args.prompt_kinds, script_args.edit_kinds, script_args.same_color_edits)
     sources, buckets = open_data(names, script_args, pipeline, partial(open_source, needs_target=False))
     return measured_rows(PromptDataset, sources, buckets, script_args.max_broken, args, alone=alone)
 
@@ -129,6 +137,7 @@ def make_trainer(script_args: GRPOArguments, args: FlowGRPOConfig, resumed: bool
         "rows": len(rows),
         "edit_ratio": args.edit_ratio,
         "kinds": [script_args.prompt_kinds, script_args.edit_kinds],
+        "same_color_edits": script_args.same_color_edits,
         "reward_funcs": script_args.reward_funcs,
         "estimator": args.estimator,
         "old_policy": args.old_policy,

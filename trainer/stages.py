@@ -23,11 +23,13 @@ _KEY = "stages"
 _FOLDER = "stage-"
 _SETTINGS = "settings.json"
 _CHANGES_NO_WEIGHTS = (
-    "dataloader_", "disable_tqdm", "eval_", "hub_", "judge_concurrency", "judge_max_retries", "judge_timeout", "log_",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "disable_tqdm", "eval_", "hub_", "judge_concurrency", "judge_max_retries", "judge_timeout", "local_rank", "log_",
     "logging_", "output_dir", "preview_", "project", "push_to_hub", "report_to", "resume", "run_name", "save_",
     "trackio_",
 )  # fmt: skip
 """How settings begin that a finished stage need not have in common with what is asked now."""
+_STARTS = ("model_name_or_path", "lora_name_or_path")
 _OF_THE_RUN = ("model_name_or_path", "output_dir", "resume", "export_dtype", "use_peft", "seed", _KEY)
 """Settings that belong to the whole run."""
 
@@ -149,19 +151,20 @@ def run_stages(parsed: list[tuple], run, after=lambda number, folder: None) -> P
     check_replaceable(export)
     for number, (script_args, args) in enumerate(parsed, start=1):
         last = Path(args.output_dir) / "export"
-        settings = json.loads(json.dumps(args.to_sanitized_dict() | vars(script_args), default=str))
+        settings = json.loads(json.dumps(args.to_dict() | vars(script_args), default=str))  # without tokens
+        if number > 1:  # these are of the stage before, wherever the run's folder is
+            settings = {name: value for name, value in settings.items() if name not in _STARTS}
         if script_args.resume and any((last / name).is_file() for name in (PIPELINE_INDEX, COMFYUI_LORA)):
             others = _other_settings(last.parent, settings)
             sys.stderr.write(f"[stage {number} of {len(parsed)}] done before{others}\n")
         else:
             sys.stderr.write(f"[stage {number} of {len(parsed)}] starts\n")
-            if args.process_index == 0:
-                last.parent.mkdir(parents=True, exist_ok=True)
-                write_file(last.parent / _SETTINGS, json.dumps(settings, indent=2) + "\n")
             gc.collect()  # the trainer of the stage before, which refers to itself
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             run(script_args, args)
+            if args.process_index == 0:
+                write_file(last.parent / _SETTINGS, json.dumps(settings, indent=2) + "\n")
         after(number, last)
     if parsed[-1][1].process_index == 0:
         with replaced_folder(export) as unfinished:
@@ -176,11 +179,11 @@ def _other_settings(folder: Path, settings: dict) -> str:
         return ""
     kept = json.loads(path.read_text(encoding="utf-8"))
     changed = [
-        f"{name} {kept.get(name)} (now {settings.get(name)})"
-        for name in sorted(kept.keys() | settings.keys())
-        if kept.get(name) != settings.get(name) and not name.startswith(_CHANGES_NO_WEIGHTS)
+        f"{name} {kept[name]} (now {settings[name]})"
+        for name in sorted(kept.keys() & settings.keys())  # another version has others
+        if kept[name] != settings[name] and not name.startswith(_CHANGES_NO_WEIGHTS)
     ]
-    return f", with {', '.join(changed)}; delete {folder} to train it anew" if changed else ""
+    return f", with {', '.join(changed)}; to train it anew delete {folder} and later stages" if changed else ""
 
 
 def _linked(source: str, target: str) -> str:

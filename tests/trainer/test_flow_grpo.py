@@ -13,6 +13,7 @@ from unipic2.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from unipic2.trainer.adapters import lora_config
 from unipic2.trainer.flow_grpo_trainer import _of_each_prompt
 from unipic2.trainer.micro.rows import MicroTasks
+from unipic2.trainer.micro.tasks import shares_color
 from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft
 from unipic2.trainer.rollouts import log_prob
@@ -622,3 +623,18 @@ def test_kinds_are_drawn_as_often_as_they_are_named():
         MicroTasks(prompt_kinds=["places"])
     with pytest.raises(InputError, match="edit_kinds: found none"):
         MicroTasks(edit_kinds=[])
+
+
+def test_hard_edits_are_drawn_as_often_as_asked():
+    """Those in which another thing has the colour of the one that is edited; one in eight by chance."""
+
+    def share(wanted, kinds=("recolor", "add", "remove")):
+        torch.manual_seed(0)
+        rows = MicroTasks(1, 300, edit_kinds=kinds, same_color_edits=wanted)
+        return sum(shares_color(rows[1 + i]["task"]) for i in range(300)) / 300
+
+    assert share(0.0) < 0.25 and share(1.0) == 1.0
+    assert 0.45 < share(0.5) < 0.7
+    assert share(1.0, ["background"]) == 0.0  # names no thing
+    with pytest.raises(InputError, match="same_color_edits: found 1.5"):
+        MicroTasks(same_color_edits=1.5)

@@ -26,6 +26,7 @@ from unipic2.trainer.micro.tasks import (
     reworded,
     sample_edit,
     sample_t2i,
+    shares_color,
     undone,
 )
 from unipic2.trainer.micro.verifier import read_scene, verify_edit, verify_t2i
@@ -361,6 +362,23 @@ def test_a_prompt_is_answered_by_its_scene_and_only_its_kind():
     assert all(describe(rng, Scene("white", ()), kind) is None for kind in T2I_KINDS)
 
 
+@pytest.mark.parametrize(
+    ("circle", "cross"), [((14, 30), (48, 38)), ((30, 14), (38, 48)), ((14, 50), (48, 20)), ((14, 48), (48, 14))]
+)
+def test_two_things_are_named_in_reading_order_but_a_relation_from_either_end(circle, cross):
+    things = Thing("circle", "red", *circle, 9), Thing("cross", "blue", *cross, 9)
+    for seed in range(8):
+        rng, scene = np.random.default_rng(seed), Scene("white", things if seed % 2 else things[::-1])
+        assert describe(rng, scene, "two_objects").prompt.endswith("a circle and a cross")
+        assert describe(rng, scene, "two_objects").looks == (("circle", None), ("cross", None))
+        assert describe(rng, scene, "color_attribution").prompt.endswith("a red circle and a blue cross")
+        assert describe(rng, scene, "color_attribution").looks == (("circle", "red"), ("cross", "blue"))
+    said = {words_of(describe(rng, scene, "position")) for _ in range(40)}
+    relation = relation_of(*things)
+    back = {"left of": "right of", "above": "below"}[relation]
+    assert said == {f"a circle {relation} a cross", f"a cross {back} a circle"}
+
+
 def test_held_out_words_are_about_an_eighth():
     pairs = [f"a {c} {s} and a {d} {t}" for c in COLORS for s in SHAPES for d in COLORS for t in SHAPES]
     assert 0.10 < sum(map(is_held_out, pairs)) / len(pairs) < 0.15
@@ -368,6 +386,24 @@ def test_held_out_words_are_about_an_eighth():
 
 def words_of(task):
     return task.prompt.removeprefix("a picture of ")
+
+
+def test_an_edit_shares_a_color_where_the_shape_alone_says_which_thing_is_meant():
+    def thing(name, x, y):
+        color, shape = name.split()
+        return Thing(shape, color, x, y, 9)
+
+    circle, square, cross = thing("red circle", 14, 14), thing("red square", 48, 14), thing("blue cross", 14, 48)
+    source = Scene("white", (circle, square, cross))
+    moved = Scene("white", (replace(circle, y=40), square, cross))
+    added = Scene("white", (*source.things, thing("blue circle", 48, 48)))
+    shares = {index: shares_color(EditTask("move", "", source, moved, index, "bottom")) for index in range(3)}
+    assert shares == {0: True, 1: True, 2: False}
+    assert shares_color(EditTask("add", "", source, added))
+    assert not shares_color(
+        EditTask("add", "", source, Scene("white", (*source.things, thing("green circle", 48, 48))))
+    )
+    assert not shares_color(EditTask("background", "", source, Scene("gray", source.things)))
 
 
 def test_evaluation_asks_only_held_out_words():

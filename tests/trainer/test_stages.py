@@ -51,14 +51,17 @@ def test_each_stage_starts_from_the_last(config, tmp_path, capfd):
 
 def test_a_finished_stage_that_is_asked_for_with_other_settings_says_so(config, tmp_path, capfd):
     stages = [{"max_steps": 1}, {"learning_rate": 2e-3}]
-    assert main(config(stages, resume=True)) == 0
+    assert main(config(stages, resume=True, hub_token="a secret")) == 0
     capfd.readouterr()
+    assert "secret" not in (tmp_path / "run/stage-1/settings.json").read_text()
     changed = [{"max_steps": 3}, {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 7}]
     assert main(config(changed, resume=True)) == 0
     said = capfd.readouterr().err
     folders = [tmp_path / f"run/stage-{n}" for n in (1, 2)]
-    assert f"[stage 1 of 2] done before, with max_steps 1 (now 3); delete {folders[0]} to train it anew\n" in said
-    assert f"done before, with learning_rate 0.002 (now 0.001); delete {folders[1]} to train it anew\n" in said
+    assert (
+        f"[stage 1 of 2] done before, with max_steps 1 (now 3); to train it anew delete {folders[0]} and later" in said
+    )
+    assert f"done before, with learning_rate 0.002 (now 0.001); to train it anew delete {folders[1]} " in said
 
 
 def test_a_later_stage_starts_where_the_earlier_one_ended(config, tmp_path):

@@ -5,6 +5,7 @@ several prompts, so prompts are drawn for a scene (`describe`) as well as from s
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,8 +96,20 @@ def relation_holds(first: Thing, second: Thing, relation: str) -> bool:
     return offset >= _LEAST_OFFSET - _OFFSET_SLACK
 
 
+def in_reading_order(things: Sequence[Thing]) -> list[Thing]:
+    """Return the things from left to right, or from top to bottom where two differ more in height.
+
+    That is the order of `x + y`: of two things, the larger difference has its sign. At a tie the left one is first.
+    """
+    return sorted(things, key=lambda thing: (thing.x + thing.y, thing.x))
+
+
 def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | None:
-    """Return a prompt of `kind` that this scene answers strictly, or None where it answers none."""
+    """Return a prompt of `kind` that this scene answers strictly, or None where it answers none.
+
+    Two things are named in reading order, as captions do, so that the words already settle which of them stands where.
+    Only a relation is also said from the other end.
+    """
     things = list(scene.things)
     shapes = {t.shape for t in things}
     if len(things) == 1 and kind in ("single_object", "colors"):
@@ -110,7 +123,7 @@ def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | Non
         return T2ITask(kind, _phrase(rng, f"{NUMBERS[len(things)]} {plural}"), ((shape, None),) * len(things))
     if len(things) != 2:
         return None
-    first, second = (things[i] for i in rng.permutation(2))
+    first, second = in_reading_order(things)
     if kind == "color_attribution":
         words = f"a {first.name} and a {second.name}"
         looks = ((first.shape, first.color), (second.shape, second.color))
@@ -120,6 +133,8 @@ def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | Non
     looks = ((first.shape, None), (second.shape, None))
     if kind == "two_objects":
         return T2ITask(kind, _phrase(rng, f"a {first.shape} and a {second.shape}"), looks)
+    if rng.random() < 0.5:  # else "right of" and "below" would never be said
+        first, second, looks = second, first, looks[::-1]
     relation = relation_of(first, second)
     if kind == "position" and relation is not None:
         return T2ITask(kind, _phrase(rng, f"a {first.shape} {relation} a {second.shape}"), looks, relation)
@@ -207,6 +222,15 @@ def _try_edit(rng: np.random.Generator, kind: str, source: Scene) -> EditTask | 
     task = EditTask(kind, "", source, target, index, side)
     words = phrasings(task)
     return replace(task, prompt=words[0 if say else -1]) if _is_valid(target) else None
+
+
+def shares_color(task: EditTask) -> bool:
+    """Whether another thing has the colour of the one that is edited, so that only the shape says which is meant."""
+    if task.kind == "background":
+        return False
+    things = list(task.target.things if task.kind == "add" else task.source.things)
+    edited = things.pop(-1 if task.index is None else task.index)
+    return any(other.color == edited.color for other in things)
 
 
 def reworded(rng: np.random.Generator, task: EditTask) -> EditTask:
