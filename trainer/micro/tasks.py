@@ -99,9 +99,9 @@ def relation_holds(first: Thing, second: Thing, relation: str) -> bool:
 def in_reading_order(things: Sequence[Thing]) -> list[Thing]:
     """Return the things from left to right, or from top to bottom where two differ more in height.
 
-    That is the order of `x + y`: of two things, the larger difference has its sign. At a tie the left one is first.
+    That is the order of `x + y`: of two things, the larger difference has its sign. At a tie they keep their order.
     """
-    return sorted(things, key=lambda thing: (thing.x + thing.y, thing.x))
+    return sorted(things, key=lambda thing: thing.x + thing.y)
 
 
 def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | None:
