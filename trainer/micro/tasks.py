@@ -124,6 +124,8 @@ def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | Non
     if len(things) != 2:
         return None
     first, second = in_reading_order(things)
+    if kind == "position" and rng.random() < 0.5:  # else "right of" and "below" would never be said
+        first, second = second, first
     if kind == "color_attribution":
         words = f"a {first.name} and a {second.name}"
         looks = ((first.shape, first.color), (second.shape, second.color))
@@ -133,8 +135,6 @@ def describe(rng: np.random.Generator, scene: Scene, kind: str) -> T2ITask | Non
     looks = ((first.shape, None), (second.shape, None))
     if kind == "two_objects":
         return T2ITask(kind, _phrase(rng, f"a {first.shape} and a {second.shape}"), looks)
-    if rng.random() < 0.5:  # else "right of" and "below" would never be said
-        first, second, looks = second, first, looks[::-1]
     relation = relation_of(first, second)
     if kind == "position" and relation is not None:
         return T2ITask(kind, _phrase(rng, f"a {first.shape} {relation} a {second.shape}"), looks, relation)
