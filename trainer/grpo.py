@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..core.errors import InputError, check_share
+from ..core.errors import InputError
 from .adapters import load_lora
 from .data.prompts import PromptDataset
 from .data.sources import open_source
@@ -46,20 +46,12 @@ class GRPOArguments(RewardArguments, ScriptArguments):
     edit_kinds: list[str] = field(
         default_factory=lambda: list(EDIT_KINDS), metadata={"help": "Micro world: kinds of edits, likewise."}
     )
-    same_color_edits: float = field(
-        default=0.0,
-        metadata={
-            "help": "Micro world: share of edits that are drawn until another thing has the color of the one that is "
-            "edited, so that the shape alone says which is meant; of the others about one in eight, by chance."
-        },
-    )
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("num_prompts", "num_edits"):
             if getattr(self, name) < 1:
                 raise InputError(name, found=getattr(self, name), expected="at least 1")
-        check_share("same_color_edits", self.same_color_edits)
 
 
 def parse(argv: list[str]) -> tuple[GRPOArguments, FlowGRPOConfig]:

@@ -98,7 +98,8 @@ def load_dataset(
     if script_args.dataset_name == [MICRO]:
         check_micro(pipeline)
         counts = script_args.num_scenes, script_args.num_edits
-        return MicroDataset(pipeline.vae, *counts, args.seed, with_sources=pipeline.sees_pictures)
+        hard = script_args.same_color_edits
+        return MicroDataset(pipeline.vae, *counts, args.seed, hard, with_sources=pipeline.sees_pictures)
     open_one = open_stream if script_args.streaming else open_source
     sources, buckets = open_data(script_args.dataset_name, script_args, pipeline, open_one)
     if args.unmasked_weight == 1:
@@ -141,6 +142,7 @@ def identity_of(script_args: PretrainArguments, args: FlowMatchingConfig, datase
         "streaming": script_args.streaming,
         "rows": None if script_args.streaming else len(dataset),
         "edit_ratio": args.edit_ratio,
+        "same_color_edits": script_args.same_color_edits,
     }
 
 

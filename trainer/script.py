@@ -74,6 +74,13 @@ class ScriptArguments:
     max_broken: float = field(
         default=0.01, metadata={"help": "Share of rows, 0 to 1, that may be broken; above it training stops."}
     )
+    same_color_edits: float = field(
+        default=0.0,
+        metadata={
+            "help": "Micro world: share of edits that are drawn until another thing has the color of the one that is "
+            "edited, so that the shape alone says which is meant; of the others about one in eight, by chance."
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train LoRAs instead of the transformer's own weights."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates count alpha / r."})
@@ -91,6 +98,7 @@ class ScriptArguments:
             if f.type in (list[str], list[str] | None) and isinstance(getattr(self, f.name), str):
                 setattr(self, f.name, [getattr(self, f.name)])
         check_share("max_broken", self.max_broken)
+        check_share("same_color_edits", self.same_color_edits)
 
     def peft_config(self) -> LoraConfig | None:
         """Return PEFT's settings under `use_peft`, else None."""

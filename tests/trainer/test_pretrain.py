@@ -60,7 +60,7 @@ def test_the_shipped_config_parses(config_file):
     path = pretrain.Path(pretrain.__file__).parent / "configs" / "pretrain_micro.yaml"
     argv = config_file("")
     _, args = parse(["--config", str(path), *argv[2:], "--model_name_or_path", "m"])
-    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.37
+    assert args.max_steps > 0 and args.train_text_encoder and args.edit_ratio == 0.5
 
 
 @pytest.mark.parametrize("name", ["pretrain_sd35m_lora", "pretrain_sd35m_full"])
@@ -230,6 +230,7 @@ def test_a_lora_is_exported_resumed_and_kept_small(tmp_path, make_small_pipeline
         (["--use_peft", "--train_text_encoder"], "use_peft: found train_text_encoder too"),
         (["--resolution", "512"], "resolution: found buckets of up to 672 pixels, expected at most 192"),
         (["--max_broken", "-1"], "max_broken: found -1.0, expected a share from 0 to 1"),
+        (["--same_color_edits", "1.5"], "same_color_edits: found 1.5, expected a share from 0 to 1"),
         (["--trainable", "head"], "trainable: found 'head', expected one of full, attention"),
     ],
 )

@@ -8,13 +8,17 @@ from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 from .codec import encode
-from .tasks import EDIT_KINDS, T2I_KINDS, describe, is_held_out, reworded, sample_edit, sample_t2i, undone
+from .tasks import T2I_KINDS, describe, is_held_out, reworded, sample_t2i, sample_training_edit, undone
 from .world import Scene, render
 
 _CHUNK = 512  # pictures rendered at a time
 # Kinds of the scenes made for text-to-image: edits bring thousands of scenes of two things, fewer of one, and few
 # that can be counted.
 _MADE_KINDS = ("counting", "counting", "counting", "single_object", "single_object", "position")
+# Backgrounds are learned soonest, and half of what adds or removes a thing is drawn as the other.
+_MADE_EDITS = (
+    "recolor", "reshape", "add", "move", "remove", "recolor", "reshape", "add", "move", "background"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,24 @@ class MicroDataset(torch.utils.data.Dataset):
         num_scenes: scenes made for text-to-image.
         num_edits: source and target pairs.
         seed: the same seed gives the same pool and the same prompts in the same order.
+        same_color_edits: share of hard edits, see `sample_training_edit`.
         with_sources: edits also bring the picture that they start from, `source_pixels`, uint8 (3, 64, 64).
     """
 
-    def __init__(self, vae: AutoencoderTiny, num_scenes: int, num_edits: int, seed: int, with_sources: bool = False):
+    def __init__(
+        self,
+        vae: AutoencoderTiny,
+        num_scenes: int,
+        num_edits: int,
+        seed: int,
+        same_color_edits: float = 0.0,
+        with_sources: bool = False,
+    ):
         self.with_sources = with_sources
         self.rng = np.random.default_rng([seed, 3])
         scenes = [sample_t2i(self.rng, _MADE_KINDS[i % len(_MADE_KINDS)])[1] for i in range(num_scenes)]
-        self.edits = [sample_edit(self.rng, EDIT_KINDS[i % len(EDIT_KINDS)]) for i in range(num_edits)]
+        kinds = [_MADE_EDITS[i % len(_MADE_EDITS)] for i in range(num_edits)]
+        self.edits = [sample_training_edit(self.rng, kind, same_color_edits) for kind in kinds]
         self.num_scenes = num_scenes
         scenes += [task.target for task in self.edits] + [task.source for task in self.edits]
         items = (_T2IItem(scene, self._kinds(scene), row) for row, scene in enumerate(scenes))

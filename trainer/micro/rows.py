@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...core.errors import InputError, check_one_of, check_share
+from ...core.errors import InputError, check_one_of
 from ...core.micro import IMAGE_SIZE
-from .tasks import EDIT_KINDS, T2I_KINDS, EditTask, sample_edit, sample_t2i, shares_color
+from .tasks import EDIT_KINDS, T2I_KINDS, sample_t2i, sample_training_edit
 from .world import render
 
 
@@ -20,12 +20,10 @@ class MicroTasks(torch.utils.data.Dataset):
     Args:
         num_prompts, num_edits: rows of either task, the kinds in turn; they say how long a pass is.
         prompt_kinds, edit_kinds: the kinds; one that is named twice is drawn twice as often.
-        same_color_edits: share of the edits, 0 to 1, that are drawn until another thing has the colour of the one that
-            is edited. Of the others it is about one in eight, by chance. Edits of backgrounds, which name no thing,
-            have no part in it.
+        same_color_edits: share of hard edits, see `sample_training_edit`.
 
     Raises:
-        InputError: an unknown kind, or none; a share that is none.
+        InputError: an unknown kind, or none.
     """
 
     def __init__(
@@ -36,7 +34,6 @@ class MicroTasks(torch.utils.data.Dataset):
         edit_kinds: Sequence[str] = EDIT_KINDS,
         same_color_edits: float = 0.0,
     ):
-        check_share("same_color_edits", same_color_edits)
         self.same_color_edits = same_color_edits
         for name, kinds, known in (
             ("prompt_kinds", prompt_kinds, T2I_KINDS), ("edit_kinds", edit_kinds, EDIT_KINDS)
@@ -55,13 +52,7 @@ class MicroTasks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         kind, size = self.kinds[index], (IMAGE_SIZE, IMAGE_SIZE)
-        task = self._edit(rng, kind) if self.is_edit[index] else sample_t2i(rng, kind)[0]
+        is_edit = self.is_edit[index]
+        task = sample_training_edit(rng, kind, self.same_color_edits) if is_edit else sample_t2i(rng, kind)[0]
         row = {"prompt": task.prompt, "size": size, "task": task, "kind": kind}
-        return {**row, "source_image": render(task.source)} if self.is_edit[index] else row
-
-    def _edit(self, rng: np.random.Generator, kind: str) -> EditTask:
-        hard = self.same_color_edits and kind != "background" and rng.random() < self.same_color_edits
-        task = sample_edit(rng, kind)
-        while hard and not shares_color(task):
-            task = sample_edit(rng, kind)
-        return task
+        return {**row, "source_image": render(task.source)} if is_edit else row

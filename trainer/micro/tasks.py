@@ -274,3 +274,20 @@ def sample_edit(rng: np.random.Generator, kind: str, held_out: bool = False) -> 
             continue
         if kind not in _SPLIT_BY_WORDS or is_held_out(task.prompt) == held_out:
             return task
+
+
+def sample_training_edit(rng: np.random.Generator, kind: str, same_color_edits: float = 0.0) -> EditTask:
+    """Return an edit of `kind` to learn from, in words that are not held out.
+
+    Args:
+        rng: what draws it.
+        kind: one of `EDIT_KINDS`.
+        same_color_edits: share of the edits, 0 to 1, that are drawn until another thing has the colour of the one that
+            is edited. Of the others it is about one in eight, by chance. Edits of backgrounds, which name no thing,
+            have no part in it.
+    """
+    hard = same_color_edits and kind != "background" and rng.random() < same_color_edits
+    task = sample_edit(rng, kind)
+    while hard and not shares_color(task):
+        task = sample_edit(rng, kind)
+    return task
