@@ -636,3 +636,5 @@ def test_hard_edits_are_drawn_as_often_as_asked():
     assert share(0.0) < 0.25 and share(1.0) == 1.0
     assert 0.45 < share(0.5) < 0.7
     assert share(1.0, ["background"]) == 0.0  # names no thing
+    with pytest.raises(InputError, match="same_color_edits: found 1.5"):
+        MicroTasks(same_color_edits=1.5)

@@ -443,6 +443,8 @@ def test_the_pool_has_as_many_hard_edits_as_asked(vae):
     pool = MicroDataset(vae, num_scenes=1, num_edits=40, seed=0, same_color_edits=1.0)
     assert {task.kind for task in pool.edits} == {*EDIT_KINDS}
     assert all(shares_color(task) != (task.kind == "background") for task in pool.edits)
+    with pytest.raises(InputError, match="same_color_edits: found 1.5"):
+        MicroDataset(vae, num_scenes=1, num_edits=1, seed=0, same_color_edits=1.5)
 
 
 def test_every_training_picture_has_a_prompt(dataset):

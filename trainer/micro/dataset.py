@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
+from ...core.errors import check_share
 from .codec import encode
 from .tasks import T2I_KINDS, describe, is_held_out, reworded, sample_t2i, sample_training_edit, undone
 from .world import Scene, render
@@ -44,6 +45,9 @@ class MicroDataset(torch.utils.data.Dataset):
         seed: the same seed gives the same pool and the same prompts in the same order.
         same_color_edits: share of hard edits, see `sample_training_edit`.
         with_sources: edits also bring the picture that they start from, `source_pixels`, uint8 (3, 64, 64).
+
+    Raises:
+        InputError: `same_color_edits` is no share.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class MicroDataset(torch.utils.data.Dataset):
         same_color_edits: float = 0.0,
         with_sources: bool = False,
     ):
+        check_share("same_color_edits", same_color_edits)
         self.with_sources = with_sources
         self.rng = np.random.default_rng([seed, 3])
         scenes = [sample_t2i(self.rng, _MADE_KINDS[i % len(_MADE_KINDS)])[1] for i in range(num_scenes)]

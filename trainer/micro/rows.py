@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...core.errors import InputError, check_one_of
+from ...core.errors import InputError, check_one_of, check_share
 from ...core.micro import IMAGE_SIZE
 from .tasks import EDIT_KINDS, T2I_KINDS, sample_t2i, sample_training_edit
 from .world import render
@@ -23,7 +23,7 @@ class MicroTasks(torch.utils.data.Dataset):
         same_color_edits: share of hard edits, see `sample_training_edit`.
 
     Raises:
-        InputError: an unknown kind, or none.
+        InputError: an unknown kind, or none; a share that is none.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class MicroTasks(torch.utils.data.Dataset):
         edit_kinds: Sequence[str] = EDIT_KINDS,
         same_color_edits: float = 0.0,
     ):
+        check_share("same_color_edits", same_color_edits)
         self.same_color_edits = same_color_edits
         for name, kinds, known in (
             ("prompt_kinds", prompt_kinds, T2I_KINDS), ("edit_kinds", edit_kinds, EDIT_KINDS)
