@@ -15,6 +15,7 @@ from .held_out import Measurement, known
 
 INTERFERENCE_FILE = "interference.json"
 _Z = 1.959964  # of a normal distribution, 95 %
+_DIGITS = 6  # of figures in the file; with as few as are shown, those would be rounded twice
 
 
 def share_interval(values: np.ndarray) -> tuple[float, float]:
@@ -58,11 +59,11 @@ def _difference(before: np.ndarray, after: np.ndarray) -> dict | None:
     difference, interval = paired_difference(before, after)
     if math.isinf(interval[0]):
         return None
-    return {"difference": round(difference, 4), "interval": [round(edge, 4) for edge in interval]}
+    return {"difference": round(difference, _DIGITS), "interval": [round(edge, _DIGITS) for edge in interval]}
 
 
 def _known_mean(values: np.ndarray) -> float | None:
-    return round(float(known(values).mean()), 4) if len(known(values)) else None
+    return round(float(known(values).mean()), _DIGITS) if len(known(values)) else None
 
 
 def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict[str, dict[str, dict]]:
@@ -85,10 +86,10 @@ def matrix(measured: dict[str, dict[str, Measurement]], max_drop: float) -> dict
         for task, now in tasks.items():
             kinds = {kind: [i for i, k in enumerate(now.kinds) if k == kind] for kind in dict.fromkeys(now.kinds)}
             entry = {
-                "strict": round(now.mean(), 4),
-                "soft": round(float(known(now.soft).mean()), 4),
+                "strict": round(now.mean(), _DIGITS),
+                "soft": round(float(known(now.soft).mean()), _DIGITS),
                 "n": len(known(now.strict)),
-                "interval": [round(edge, 4) for edge in share_interval(now.strict)],
+                "interval": [round(edge, _DIGITS) for edge in share_interval(now.strict)],
                 "kinds": {kind: _known_mean(now.strict[places]) for kind, places in kinds.items()},
             }
             if task in previous and (change := _difference(previous[task].strict, now.strict)):

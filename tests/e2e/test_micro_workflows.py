@@ -4,8 +4,10 @@ ComfyUI and the trainer draw the same noise from the same seed, so beside the ac
 are compared with the trainer's own sampling of the same weights.
 """
 
+import importlib.util
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from unipic2.trainer.micro.world import GROUNDS, render
 
 pytestmark = pytest.mark.comfyui
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "comfyui.py"
 COUNT = 24  # four of each kind
 SEED = 4321
 
@@ -88,6 +91,18 @@ def test_edit(server, pipeline, tmp_path):
     ]
     trainer = draw(pipeline, tasks, SEED, guidance_scale=EDIT_GUIDANCE_SCALE)
     compare(comfyui, trainer, tasks, at_least=0.6)
+
+
+@pytest.mark.parametrize("name", ["t2i", "edit"])
+def test_the_benchmark_of_their_accuracy(server, pipeline, name):
+    """On few of its samples, with its own guidance."""
+    spec = importlib.util.spec_from_file_location("comfyui_accuracy", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.measure(server.url, pipeline, name, 6, 1234, 1.0)
+    assert (found["comfyui"] != found["trainer"]).sum() <= 1 and found["comfyui"].mean() >= 0.5
+    assert 0 < found["apart"] < 2.0
+    assert benchmark.told(found).startswith(f"ComfyUI {found['comfyui'].mean():.3f}")
 
 
 def test_text_to_image_with_skip_layer_guidance(server, tmp_path):

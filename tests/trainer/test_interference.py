@@ -10,7 +10,14 @@ from PIL import Image
 from scipy import stats
 from unipic2.core.errors import InputError
 from unipic2.trainer.held_out import Measurement, reward_held_out
-from unipic2.trainer.interference import has_fallen, matrix, paired_difference, share_interval, write_matrix
+from unipic2.trainer.interference import (
+    figure_text,
+    has_fallen,
+    matrix,
+    paired_difference,
+    share_interval,
+    write_matrix,
+)
 
 
 def measured(strict, kinds=None):
@@ -23,6 +30,12 @@ def test_shares_have_wilsons_interval(right, n):
     expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
     found = share_interval(np.arange(n) < right)
     assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_shown_figures_are_rounded_once():
+    """961 of 1024 are 0.93848, which with four digits in the file would be shown as 0.939."""
+    found = matrix({"start": {"t2i": measured(np.arange(1024) < 961)}}, 0.02)["start"]["t2i"]
+    assert figure_text(json.loads(json.dumps(found))).startswith("0.938 (")
 
 
 def test_differences_are_paired():

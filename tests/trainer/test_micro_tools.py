@@ -82,7 +82,7 @@ def test_scores_are_counted_by_kind():
     images = [render(scene) for _, scene in samples]
     images[0] = Image.new("RGB", (64, 64), "white")
     scores = summarize(tasks, judge(images, tasks))
-    assert scores["strict"] == round(11 / 12, 4) and scores["n"] == 12
+    assert scores["strict"] == round(11 / 12, 6) and scores["n"] == 12
     assert scores["kinds"]["single_object"]["strict"] == 0.5 and scores["kinds"]["counting"]["strict"] == 1.0
 
 

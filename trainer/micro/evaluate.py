@@ -71,7 +71,7 @@ def summarize(tasks: list[T2ITask] | list[EditTask], verdicts: list[Verdict]) ->
 def _means(verdicts: list[Verdict]) -> dict:
     n = len(verdicts)
     strict, soft = sum(v.strict for v in verdicts) / n, sum(v.soft for v in verdicts) / n
-    return {"strict": round(strict, 4), "soft": round(soft, 4), "n": n}
+    return {"strict": round(strict, 6), "soft": round(soft, 6), "n": n}
 
 
 def evaluate(pipeline: StableDiffusion3KontextPipeline, count: int, seed: int, **sampling) -> tuple[dict, dict]:
