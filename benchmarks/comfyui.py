@@ -45,7 +45,7 @@ def run(url: str, workflow: str, task, seed: int, guidance_scale: float, folder:
         raise SystemExit(told.getvalue())
     with Image.open(out) as image:
         picture = image.convert("RGB")
-    out.unlink()  # `unipic2 run` does not write over a picture
+    out.unlink()  # so that a run that saved none is not given this one
     return picture
 
 
