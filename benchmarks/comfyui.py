@@ -12,6 +12,7 @@ import contextlib
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,28 +30,57 @@ from unipic2.trainer.micro.world import render
 WORKFLOWS = {"t2i": ("micro_text_to_image", eval_t2i_tasks), "edit": ("micro_edit", eval_edit_tasks)}
 
 
-def run(url: str, workflow: str, task, seed: int, guidance_scale: float, folder: Path) -> Image.Image:
-    """Return the picture (64, 64) of one prompt or edit, drawn by the server at `url`."""
-    out = folder / "out.png"
-    argv = ["run", workflow, "--server", url, "--prompt", task.prompt, "--seed", str(seed), "--output", str(out)]
-    argv += ["--set", f"KSampler.cfg={guidance_scale}"]
-    if isinstance(task, EditTask):
-        source = folder / "source.png"
-        render(task.source).save(source)
-        argv += ["--image", str(source)]
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+def run_workflow(server: Server, name: str, task, seed: int, folder: Path, source=None, *options: str) -> Image.Image:
+    """Draw one task by `unipic2 run` and return the picture.
+
+    Args:
+        server: what draws it.
+        name: the workflow.
+        task: whose prompt is drawn.
+        seed: of the noise.
+        folder: where the pictures are for so long.
+        source: the picture that an edit starts from.
+        options: more of `unipic2 run`.
+
+    Raises:
+        SystemExit: it was not drawn; with what the command said.
+    """
+    out, given = folder / "out.png", folder / "source.png"
+    argv = [
+        "run",
+        name,
+        "--server",
+        server.url,
+        "--prompt",
+        task.prompt,
+        "--seed",
+        str(seed),
+        "-o",
+        str(out),
+        *options,
+    ]
+    if source is not None:
+        source.save(given)
+        argv += ["--image", str(given)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = unipic2(argv)
     if status:
-        raise SystemExit(told.getvalue())
+        raise SystemExit(said.getvalue())
     with Image.open(out) as image:
         picture = image.convert("RGB")
     out.unlink()  # so that a run that saved none is not given this one
     return picture
 
 
+def distance(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+    """Return how far pictures are from others, pixel by pixel, of 255."""
+    pairs = zip(images, others, strict=True)
+    return np.mean([np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in pairs])
+
+
 def measure(
-    url: str, pipeline: StableDiffusion3KontextPipeline, name: str, n: int, seed: int, guidance_scale: float
+    server: Server, pipeline: StableDiffusion3KontextPipeline, name: str, n: int, seed: int, guidance_scale: float
 ) -> dict:
     """Return `comfyui` and `trainer`, 1 for each right picture and 0 else (n,), `apart`, 0 to 255, and `seconds`."""
     workflow, sample = WORKFLOWS[name]
@@ -58,15 +88,19 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         ours = [
-            run(url, workflow, task, seed + place, guidance_scale, Path(folder)) for place, task in enumerate(tasks)
-        ]
+            run_workflow(
+                server, workflow, task, seed + place, Path(folder),
+                render(task.source) if isinstance(task, EditTask) else None,
+                "--set", f"KSampler.cfg={guidance_scale}",
+            )
+            for place, task in enumerate(tasks)
+        ]  # fmt: skip
         seconds = (time.perf_counter() - started) / n
     theirs = draw(pipeline, tasks, seed, guidance_scale=guidance_scale)
-    pairs = zip(ours, theirs, strict=True)
     return {
         "comfyui": np.array([float(verdict.strict) for verdict in judge(ours, tasks)]),
         "trainer": np.array([float(verdict.strict) for verdict in judge(theirs, tasks)]),
-        "apart": float(np.mean([np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in pairs])),
+        "apart": distance(ours, theirs),
         "seconds": seconds,
     }
 
@@ -91,7 +125,7 @@ def main() -> None:
     pipeline = StableDiffusion3KontextPipeline.from_pretrained(weights_dir(), torch_dtype=torch.float32)
     with Server(resolve_install(), cpu=True) as server:
         for name in WORKFLOWS:
-            found = measure(server.url, pipeline, name, arguments.n, arguments.seed, arguments.guidance_scale)
+            found = measure(server, pipeline, name, arguments.n, arguments.seed, arguments.guidance_scale)
             print(f"{name}: {told(found)}", flush=True)
 
 

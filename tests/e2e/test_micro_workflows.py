@@ -4,10 +4,8 @@ ComfyUI and the trainer draw the same noise from the same seed, so beside the ac
 are compared with the trainer's own sampling of the same weights.
 """
 
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +19,12 @@ from unipic2.trainer.micro.evaluate import draw, eval_edit_tasks, eval_t2i_tasks
 from unipic2.trainer.micro.verifier import read_scene
 from unipic2.trainer.micro.world import GROUNDS, render
 
+from ..benchmark_file import benchmark
+
 pytestmark = pytest.mark.comfyui
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "comfyui.py"
+comfyui_benchmark = benchmark("comfyui")
+run_workflow, distance = comfyui_benchmark.run_workflow, comfyui_benchmark.distance
 COUNT = 24  # four of each kind
 SEED = 4321
 
@@ -44,28 +45,8 @@ def metaquery():
     return MetaQueryPipeline.from_pretrained("micro-metaquery", torch_dtype=torch.float32)
 
 
-def run_workflow(server, name, task, seed, folder, source=None, *options):
-    """Draw one task with `unipic2 run` and return the saved picture."""
-    out = folder / f"{name}_{seed}.png"
-    arguments = ["run", name, "--server", server.url, "--prompt", task.prompt, "--seed", str(seed), "-o", str(out)]
-    arguments += options
-    if source is not None:
-        path = folder / f"source_{seed}.png"
-        source.save(path)
-        arguments += ["--image", str(path)]
-    assert main(arguments) == 0
-    with Image.open(out) as image:
-        return image.convert("RGB")
-
-
 def accuracy(images, tasks):
     return np.mean([verdict.strict for verdict in judge(images, tasks)])
-
-
-def distance(images, others):
-    """Return how far pictures are from others, pixel by pixel, of 255."""
-    pairs = zip(images, others, strict=True)
-    return np.mean([np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in pairs])
 
 
 def compare(comfyui, trainer, tasks, at_least):
@@ -95,14 +76,11 @@ def test_edit(server, pipeline, tmp_path):
 
 @pytest.mark.parametrize("name", ["t2i", "edit"])
 def test_the_benchmark_of_their_accuracy(server, pipeline, name):
-    """On few of its samples, with its own guidance."""
-    spec = importlib.util.spec_from_file_location("comfyui_accuracy", BENCHMARK)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    found = benchmark.measure(server.url, pipeline, name, 6, 1234, 1.0)
+    """On few of its samples, without guidance, as by default."""
+    found = comfyui_benchmark.measure(server, pipeline, name, 6, 1234, 1.0)
     assert (found["comfyui"] != found["trainer"]).sum() <= 1 and found["comfyui"].mean() >= 0.5
     assert 0 < found["apart"] < 2.0
-    assert benchmark.told(found).startswith(f"ComfyUI {found['comfyui'].mean():.3f}")
+    assert comfyui_benchmark.told(found).startswith(f"ComfyUI {found['comfyui'].mean():.3f}")
 
 
 def test_text_to_image_with_skip_layer_guidance(server, tmp_path):

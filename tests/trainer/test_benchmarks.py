@@ -1,23 +1,13 @@
 """Benchmarks that train: their settings are ones that the trainer takes, and the short ones run."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from unipic2.trainer import grpo, pdtr, pretrain
 from unipic2.trainer.stages import parse_stages
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def benchmark(name: str):
-    """Return a script of `benchmarks/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from ..benchmark_file import FOLDER, benchmark
 
 
 @pytest.mark.parametrize("updates", [100, 25])
