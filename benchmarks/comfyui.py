@@ -46,19 +46,8 @@ def run_workflow(server: Server, name: str, task, seed: int, folder: Path, sourc
         SystemExit: it was not drawn; with what the command said.
     """
     out, given = folder / "out.png", folder / "source.png"
-    argv = [
-        "run",
-        name,
-        "--server",
-        server.url,
-        "--prompt",
-        task.prompt,
-        "--seed",
-        str(seed),
-        "-o",
-        str(out),
-        *options,
-    ]
+    argv = ["run", name, "--server", server.url, "--prompt", task.prompt, "--seed", str(seed), "-o", str(out)]
+    argv += options
     if source is not None:
         source.save(given)
         argv += ["--image", str(given)]
