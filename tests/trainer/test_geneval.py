@@ -72,7 +72,17 @@ def test_counting_asks_for_more_certainty():
 def test_too_many_are_too_many():
     asked, excluded = [{"class": "cup", "count": 2}], [{"class": "cup", "count": 3}]
     assert reward([thing("cup")] * 2, asked, excluded) == 1
-    assert reward([thing("cup")] * 3, asked, excluded) == pytest.approx((0.5 + 0) / 2)
+    assert reward([thing("cup")] * 3, asked, excluded) == 0.5, "as without what is excluded"
+    assert reward([thing("cup")] * 3, asked, excluded, strict=True) == 0
+    assert reward([thing("cup")] * 2 + [thing("dog")], asked, [{"class": "dog", "count": 1}]) == 0.5
+
+
+@pytest.mark.parametrize("asked", [1, 2, 4])
+def test_a_row_of_the_benchmarks_counting_falls_with_the_distance_to_the_count(asked):
+    """Its rows have one too many in `exclude`; nothing at all must not be better than one too many."""
+    row = [{"class": "cup", "count": asked}], [{"class": "cup", "count": asked + 1}]
+    found = [reward([thing("cup")] * n, *row, tag="counting") for n in range(2 * asked + 1)]
+    assert found == pytest.approx([1 - abs(n - asked) / asked for n in range(2 * asked + 1)])
 
 
 def test_the_wrong_place_gets_nothing_for_the_place():
@@ -159,18 +169,47 @@ def test_questions_in_another_form(include):
 
 
 def test_classes_that_the_detector_does_not_know():
-    """They would count as never there. GenEval's own names of three of COCO's classes are known."""
+    """They would count as never there."""
 
     class Detector:
-        classes = {"cup", "mouse"}
+        classes = {"cup"}
 
         def __call__(self, images):
-            return [[thing("mouse")]] * len(images)
+            return [[thing("cup")]] * len(images)
 
     judge = GenEval(Detector(), ColorClip())
-    assert judge(["p"], [PICTURE], include=[[{"class": "computer mouse", "count": 1}]]) == [1.0]
+    assert judge(["p"], [PICTURE], include=[[{"class": "cup", "count": 1}]]) == [1.0]
     with pytest.raises(InputError, match="found 'cupp', expected a class that the detector knows. Did you mean cup"):
         judge(["p"], [PICTURE], include=[[{"class": "cupp", "count": 1}]])
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("motorbike", "motorcycle"), ("aeroplane", "airplane"), ("sofa", "couch"), ("pottedplant", "potted plant"),
+        ("diningtable", "dining table"), ("tvmonitor", "tv"), ("mouse", "computer mouse"), ("remote", "tv remote"),
+        ("keyboard", "computer keyboard"),
+    ],
+)  # fmt: skip
+def test_classes_that_detectors_call_otherwise_than_geneval(said, name):
+    """The default detector's names of nine classes are not the benchmark's; CLIP is asked by the benchmark's."""
+
+    class Detector:
+        classes = {said, "cup"}
+
+        def __call__(self, images):
+            return [[thing(said)]] * len(images)
+
+    class Texts(ColorClip):
+        def texts(self, texts):
+            asked.extend(texts)
+            return super().texts(texts)
+
+    asked = []
+    for word in (said, name):
+        judge = GenEval(Detector(), Texts())
+        assert judge(["p"], [PICTURE], include=[[{"class": word, "count": 1, "color": "white"}]]) == [1.0]
+    assert f"a photo of a white {name}" in asked and f"a photo of a white {said}" not in asked
 
 
 # Real classes of small random models
@@ -238,6 +277,10 @@ def test_a_real_detector(tmp_path, clip_folder):
     Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "detector")
     detector = Mask2Former(str(tmp_path / "detector"), batch_size=2)
     images = [Image.effect_noise((80, 48), 90).convert("RGB") for _ in range(3)]
+    seen = detector.processor(images, return_tensors="pt").pixel_values
+    assert seen.shape[-2:] == (800, 1344), (
+        "as large as GenEval's, in whole patches, not what the model's own file says"
+    )
     found = detector(images)
     other = Image.effect_noise((48, 96), 90).convert("RGB")
     mixed = detector([images[0], other, images[1]])

@@ -22,8 +22,14 @@ from .clip import DEFAULT_CLIP, Clip, loading
 DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 PLACES = ("left of", "right of", "above", "below")
-_COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
-"""GenEval's own names of three classes, and COCO's."""
+_GENEVAL_NAMES = {
+    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "motorbike": "motorcycle",
+    "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
+    "tvmonitor": "tv",
+}  # fmt: skip
+"""COCO's names of three classes, and Pascal VOC's of six, which the default detector has, and GenEval's own."""
+_SHORTEST_EDGE, _LONGEST_EDGE = 800, 1333
+"""Pixels that GenEval's detector sees; the default one's own settings squash pictures to 384 x 384."""
 _COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _LEAST_SCORE = 0.3
 _LEAST_SCORE_COUNTING = 0.9
@@ -52,7 +58,7 @@ Detector = Callable[[list[Image.Image]], list[list[Found]]]
 
 
 class Mask2Former:
-    """Instances of a Mask2Former model's classes, with masks.
+    """Instances of a Mask2Former model's classes, with masks. Pictures are brought to 800 pixels, at most 1333 long.
 
     Args:
         model: hub repository or folder; its weights must be safetensors.
@@ -67,7 +73,8 @@ class Mask2Former:
         self.device, self.batch_size = device, batch_size
         with loading("detector", model, "a Mask2Former model"):
             loaded = AutoModelForUniversalSegmentation.from_pretrained(model, use_safetensors=True)
-            self.processor = Mask2FormerImageProcessorPil.from_pretrained(model)
+            size = {"shortest_edge": _SHORTEST_EDGE, "longest_edge": _LONGEST_EDGE}
+            self.processor = Mask2FormerImageProcessorPil.from_pretrained(model, size=size)
         self.model = loaded.eval().requires_grad_(False).to(device)
         self.classes = set(loaded.config.id2label.values())
 
@@ -173,8 +180,11 @@ class GenEval:
 
     def check_classes(self, names: Iterable[str], what: str) -> None:
         """Raise InputError for a class that the detector does not know: it would count as never there."""
-        known = getattr(self.detector, "classes", None)
-        unknown = set() if known is None else set(names) - known
+        classes = getattr(self.detector, "classes", None)
+        if classes is None:
+            return
+        known = {geneval_name(name) for name in classes}
+        unknown = set(names) - known
         if unknown:
             near = difflib.get_close_matches(min(unknown), known, n=3)
             remedy = f"Did you mean {' or '.join(near)}?" if near else "Take another detector_name_or_path."
@@ -198,7 +208,10 @@ class GenEval:
                 pairs = [(one, two) for one in groups[number] for two in groups[int(other)]]
                 holds = bool(pairs) and all(relation in relations(one.box, two.box) for one, two in pairs)
                 scores.append(float(holds))
-        scores += [float(len(by_class[clause["class"]]) < clause["count"]) for clause in exclude]
+        # A class that is asked for is counted above, exactly; twice, none would be better than one too many.
+        counted = {clause["class"] for clause in include}
+        others = [clause for clause in exclude if clause["class"] not in counted]
+        scores += [float(len(by_class[clause["class"]]) < clause["count"]) for clause in others]
         return scores
 
     def color_of(self, image: Image.Image, found: Found) -> str:
@@ -208,18 +221,27 @@ class GenEval:
             mask = Image.fromarray(found.mask.astype(np.uint8) * 255)
             picture = Image.composite(picture, Image.new("RGB", picture.size, _GREY), mask)
         crop = picture.crop(tuple(round(edge) for edge in found.box))
-        if found.name not in self._directions:
-            texts = [text.format(color=color, name=found.name) for color in COLORS for text in _COLOR_TEXTS]
+        name = geneval_name(found.name)
+        if name not in self._directions:
+            texts = [text.format(color=color, name=name) for color in COLORS for text in _COLOR_TEXTS]
             each = self.clip.texts(texts).unflatten(0, (len(COLORS), len(_COLOR_TEXTS))).mean(dim=1)
-            self._directions[found.name] = torch.nn.functional.normalize(each, dim=-1)
-        return COLORS[int((self._directions[found.name] @ self.clip.images([crop])[0]).argmax())]
+            self._directions[name] = torch.nn.functional.normalize(each, dim=-1)
+        return COLORS[int((self._directions[name] @ self.clip.images([crop])[0]).argmax())]
+
+
+def geneval_name(name: str) -> str:
+    """Return GenEval's name of a class, such as `couch` for `sofa`; a name that it has no other one for stays."""
+    return _GENEVAL_NAMES.get(name, name)
 
 
 def by_name(objects: list[Found], names: Iterable[str], counting: bool) -> dict[str, list[Found]]:
-    """Return each class's objects that count, surest first, 16 at most: scores from 0.3 on, to be counted from 0.9."""
+    """Return each class's objects that count, surest first, 16 at most: scores from 0.3 on, to be counted from 0.9.
+
+    Classes are asked for by GenEval's names, see `geneval_name`; a detector may say others.
+    """
     least = _LEAST_SCORE_COUNTING if counting else _LEAST_SCORE
     ordered = sorted((o for o in objects if o.score >= least), key=lambda o: -o.score)
-    return {name: [o for o in ordered if o.name == name][:_MOST_OBJECTS] for name in names}
+    return {name: [o for o in ordered if geneval_name(o.name) == name][:_MOST_OBJECTS] for name in names}
 
 
 def _near(found: int, asked: int) -> float:
@@ -241,7 +263,7 @@ def read_clauses(value, what: str) -> list[dict]:
             if not isinstance(clause["class"], str) or count < 1 or count != int(count):
                 raise ValueError
             clause["count"] = int(count)
-            clause["class"] = _COCO_NAMES.get(clause["class"], clause["class"])
+            clause["class"] = geneval_name(clause["class"])
             if clause.get("position"):
                 _relation, other = clause["position"]
                 if not 0 <= int(other) < len(clauses):
