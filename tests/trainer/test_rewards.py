@@ -237,7 +237,7 @@ def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer,
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((404, b"no such model"), "status 404: no such model"),
+        ((400, b"too long"), "status 400: too long"),
         ((200, b"<html>"), "no chat completion"),
         ((200, b"{}"), "no chat completion"),
         (completion("nine of ten"), "no scores"),
@@ -254,6 +254,18 @@ def test_every_answer_that_cannot_be_used_is_counted(server, answer, reason):
     server.behave = lambda number, request: answer
     values, judge = judged(server, 3, max_retries=2, max_failures=1)
     assert unknown(values) and len(server.requests) == 6 and judge.endpoint.failures == {reason: 6}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_address_name_or_key_is_an_error_at_once(server, status):
+    """A run would go on to its end and learn nothing. Once the server has answered, it is counted like the others."""
+    server.behave = lambda number, request: (status, b"no such model")
+    with pytest.raises(InputError, match=f"found status {status}: no such model.*the model's name there"):
+        judged(server, 3)
+    server.requests.clear()
+    server.behave = lambda number, request: good(10, 10) if number < 2 else (status, b"gone")
+    values, judge = judged(server, 3, concurrency=1)
+    assert values[0] == 1.0 and unknown(values[1:]) and judge.endpoint.failures == {f"status {status}: gone": 4}
 
 
 def test_one_bad_answer_is_mended_by_asking_again(server):

@@ -72,7 +72,7 @@ class Endpoint:
         cache_dir: folder of usable answers; None keeps none.
         patient: for work that is worth nothing without its answers: a question is tried 20 times more, a server that
             is left alone is waited for, `max_trips` times at most, and one that refuses (wrong key, no such model) is
-            an error at once.
+            an error at once. Without, it is one if the server has not answered anything yet.
 
     Raises:
         InputError: numbers out of range.
@@ -233,7 +233,8 @@ class Endpoint:
             raise ServerFailed("timeout") from None
         except httpx.HTTPError as error:
             raise ServerFailed(f"connection: {type(error).__name__}") from None
-        if self.patient and response.status_code in (401, 403, 404):
+        is_new = not self.usage["requests"]  # a wrong setting, and nothing would be learned; later, it may pass
+        if (self.patient or is_new) and response.status_code in (401, 403, 404):
             found = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
             remedy = "Check the endpoint's address, the model's name there, and OPENAI_API_KEY."
             raise InputError(f"judge at {self.url}", found=found, expected="an answer", remedy=remedy)
