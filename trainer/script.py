@@ -5,6 +5,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -25,7 +27,7 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .kontext_trainer import KontextTrainer, last_checkpoint
 from .metaquery_pipeline import MetaQueryPipeline, is_metaquery
 from .previews import micro_previews, pair_previews
-from .stages import parse_stages, read_config, run_stages
+from .stages import is_earlier_stage, parse_stages, read_config, run_stages
 
 MICRO = "micro"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -107,14 +109,45 @@ class ScriptArguments:
         return lora_config(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
 
+class _Parser(TrlParser):
+    """Says what is wrong in one line, where argparse shows the usage of all settings before it and leaves."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError("training settings", found=message, remedy=f"See `{self.prog} --help`.")
+
+
+_TYPES = {
+    bool: (lambda value: value in (0, 1), "true or false"),
+    int: (lambda value: type(value) is int, "a whole number"),
+    float: (lambda value: type(value) in (int, float), "a number"),
+    str: (lambda value: value is not None and not isinstance(value, list | dict), "a word"),
+    list[str]: (lambda value: isinstance(value, list) and None not in value, "words"),
+}
+"""What a file may have for a setting of a type beside a word, and how to say it."""
+
+
+def _check_types(settings: dict, classes: tuple[type, ...]) -> None:
+    """Raise InputError for a value of a file that is of no use to its setting: argparse looks at words alone."""
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    for name, value in settings.items():
+        hint = hints.get(name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        plain = [kind for kind in kinds if kind is not NoneType]
+        if len(plain) != 1 or plain[0] not in _TYPES or isinstance(value, str) or (value is None and len(kinds) > 1):
+            continue
+        fits, expected = _TYPES[plain[0]]
+        if not fits(value):
+            raise InputError(name, found=json.dumps(value, default=str), expected=expected)
+
+
 def parse_settings(argv: list[str], script_class: type, config_class: type, method: str) -> tuple:
     """Read `--config FILE` and flags, flags win; returns one of each class.
 
     Raises:
         InputError: an unknown key, with the nearest valid names, or a value that does not fit.
     """
-    read_config(argv)  # what is wrong with the file is said in its own words
-    parser = TrlParser((script_class, config_class), prog=f"unipic2 train {method}", allow_abbrev=False)
+    _check_types(read_config(argv), (script_class, config_class))
+    parser = _Parser((script_class, config_class), prog=f"unipic2 train {method}", allow_abbrev=False)
     try:
         script_args, args = parser.parse_args_and_config(argv)
     except InputError:
@@ -261,6 +294,8 @@ def check_identity(args: KontextConfig, identity: dict, resumed: bool) -> None:
     Raises:
         InputError: the checkpoints are of a run on other data, of another seed or other batches.
     """
+    if is_earlier_stage(Path(identity["model_name_or_path"]), args.output_dir):  # wherever the run's folder is now
+        identity = {name: value for name, value in identity.items() if name != "model_name_or_path"}
     identity = identity | {
         "seed": args.seed,
         "data_seed": args.data_seed,
@@ -294,7 +329,7 @@ def train_and_export(
     output_dir = Path(args.output_dir)
     trainer.run_settings = asdict(script_args)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    steps, name = trainer.state.global_step, Path(repository_name(args, output_dir)).name
+    steps, name = trainer.exported_step, Path(repository_name(args, output_dir)).name
     base, data = script_args.model_name_or_path, script_args.dataset_name
     card = model_card(
         name, base, data, args, steps, script_args.use_peft, method, metaquery=trainer.pipeline.sees_pictures

@@ -101,7 +101,7 @@ def test_unknown_names_bring_the_nearest(config_file, key, nearest):
     ("text", "expected"),
     [
         ("shift: 0\nmodel_name_or_path: m", "shift"),
-        ("edit_ratio: [1, 2]\nmodel_name_or_path: m", "training settings"),
+        ("edit_ratio: [1, 2]\nmodel_name_or_path: m", r"edit_ratio: found \[1, 2\], expected a number"),
         ("shift: 3.0", "model_name_or_path: found nothing"),
         ("- a\n- b", "mapping"),
         ("", "mapping"),
@@ -122,10 +122,32 @@ def test_config_files_that_are_not_there(tmp_path):
         parse(["--model_name_or_path", "m", "--config"])
 
 
-def test_values_of_the_wrong_type(config_file, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(config_file("model_name_or_path: m\nshift: many\n"))
-    assert stop.value.code == 2 and "shift" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("shift: many", "training settings: found argument --shift: invalid float value: 'many'. See `unipic2 train"),
+        ("max_steps: 1e3", "training settings: found argument --max_steps.*: invalid int value: '1e3'"),
+        ("max_steps: 12.0", "max_steps: found 12.0, expected a whole number"),
+        ("max_steps: true", "max_steps: found true, expected a whole number"),
+        ("learning_rate: null", "learning_rate: found null, expected a number"),
+        ("learning_rate: [1, 2]", r"learning_rate: found \[1, 2\], expected a number"),
+        ("use_cpu: 2", "use_cpu: found 2, expected true or false"),
+        ("dataset_name: null", "dataset_name: found null, expected words"),
+        ("dataset_name: 5", "dataset_name: found 5, expected words"),
+        ("export_dtype: null", "export_dtype: found null, expected a word"),
+    ],
+)
+def test_values_of_the_wrong_type(config_file, capsys, text, said):
+    """One line says it, not the usage of all settings."""
+    with pytest.raises(InputError, match=said):
+        parse(config_file(f"model_name_or_path: m\n{text}\n"))
+    assert "usage" not in capsys.readouterr().err
+
+
+def test_values_of_types_that_fit(config_file, tmp_path):
+    text = f"model_name_or_path: m\noutput_dir: {tmp_path}\nlearning_rate: 1e-4\nmax_grad_norm: 1\nseed: 3\nuse_cpu: 1"
+    _, args = parse(config_file(text + "\ndata_seed: null\nmax_steps: '5'\n"))
+    assert (args.learning_rate, args.max_grad_norm, args.seed, args.data_seed, args.max_steps) == (1e-4, 1, 3, None, 5)
 
 
 def test_micro_previews_draw_the_same_grid(pipeline, tmp_path):
