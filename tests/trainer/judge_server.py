@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """A chat endpoint that answers as `behave(number of the request, request)` says: (status, body) or seconds."""
+    """A chat endpoint that answers as `behave(number of the request, request)` says: (status, body), "closed", or
+    seconds that a good answer takes to begin, or under "drip" to be sent, byte by byte."""
 
     def __init__(self):
         self.requests, self.paths, self.headers, self.behave = [], [], [], lambda number, request: good(8, 9)
@@ -36,6 +37,10 @@ class Server:
                 if what == "closed":
                     self.connection.close()
                     return
+                drips = isinstance(what, tuple) and what[0] == "drip"
+                seconds = what[1] if drips else 0.0
+                if drips:
+                    what = good(8, 9)
                 if isinstance(what, float):
                     time.sleep(what)
                     what = good(8, 9)
@@ -45,7 +50,10 @@ class Server:
                 if outer.retry_after is not None:
                     self.send_header("Retry-After", outer.retry_after)
                 self.end_headers()
-                self.wfile.write(body)
+                for byte in body if drips else ():
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(seconds / len(body))
+                self.wfile.write(b"" if drips else body)
 
             def log_message(self, *args):
                 pass

@@ -20,6 +20,7 @@ from unipic2.trainer.micro.world import render
 from unipic2.trainer.rewards import beside, columns_of, looked_through
 from unipic2.trainer.rewards.aesthetic import AestheticScore
 from unipic2.trainer.rewards.digit_judge import EditDigitJudge
+from unipic2.trainer.rewards.endpoint import JudgeFailed, scores_reader
 from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft, micro_strict
 from unipic2.trainer.rewards.ocr import OcrReward, text_asked
@@ -224,6 +225,7 @@ def test_text_to_image_is_not_asked_about(server):
         ((429, b""), "status 429"),
         ("closed", "connection: "),
         (1.0, "timeout"),
+        (("drip", 3.0), "timeout"),
     ],
 )
 def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer, reason):
@@ -238,6 +240,7 @@ def test_every_failure_of_the_server_is_tried_again_then_counted(server, answer,
     ("answer", "reason"),
     [
         ((400, b"too long"), "status 400: too long"),
+        ((403, b"flagged"), "status 403: flagged"),
         ((200, b"<html>"), "no chat completion"),
         ((200, b"{}"), "no chat completion"),
         (completion("nine of ten"), "no scores"),
@@ -256,7 +259,31 @@ def test_every_answer_that_cannot_be_used_is_counted(server, answer, reason):
     assert unknown(values) and len(server.requests) == 6 and judge.endpoint.failures == {reason: 6}
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"reasoning": "It is\nred.", "score": [8, 9]}',
+        '{"reasoning": "It says "red".", "score": [8, 9]}',
+        '{"scores": [1, 1]} would be too low. {"reasoning": "fine", "scores": [8, 9]}',
+        " [8, 9]\n",
+        "[8.0, 9]",
+    ],
+)
+def test_scores_of_judges_that_write_no_clean_json(server, text):
+    """EditScore's own reader mends such answers, too."""
+    server.behave = lambda number, request: completion(text)
+    values, judge = judged(server)
+    assert values == [pytest.approx(0.8)] and not judge.endpoint.failures
+
+
+def test_one_score_may_be_a_number():
+    read = scores_reader(1, 0, 5)
+    assert [read({"message": {"content": text}}) for text in ('{"score": 4}', '"no" {"score": 3.5, "')] == [[4], [3.5]]
+    with pytest.raises(JudgeFailed, match="no scores"):
+        read({"message": {"content": "it scored [4] of [5]"}})
+
+
+@pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_address_name_or_key_is_an_error_at_once(server, status):
     """A run would go on to its end and learn nothing. Once the server has answered, it is counted like the others."""
     server.behave = lambda number, request: (status, b"no such model")

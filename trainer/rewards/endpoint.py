@@ -32,6 +32,8 @@ from ...core.files import write_file
 _MOST_DOUBLINGS = 4
 _PATIENT_RETRIES = 20
 _JSON = re.compile(r"\{.*\}", re.DOTALL)
+_SCORES = re.compile(r'"scores?"\s*:\s*(\[[^\]]*\]|-?\d+(?:\.\d+)?)')
+_LIST = re.compile(r"\s*(\[[^\]]*\])\s*")
 _LINE = re.compile(r"^[^:\n]+:\s*(\d+)\s*$", re.MULTILINE)
 
 Ask = Callable[..., Awaitable[object]]
@@ -72,7 +74,8 @@ class Endpoint:
         cache_dir: folder of usable answers; None keeps none.
         patient: for work that is worth nothing without its answers: a question is tried 20 times more, a server that
             is left alone is waited for, `max_trips` times at most, and one that refuses (wrong key, no such model) is
-            an error at once. Without, it is one if the server has not answered anything yet.
+            an error at once. Without, it is one if the server has not answered anything yet; but 403 may be about
+            one picture.
 
     Raises:
         InputError: numbers out of range.
@@ -234,7 +237,7 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise ServerFailed(f"connection: {type(error).__name__}") from None
         is_new = not self.usage["requests"]  # a wrong setting, and nothing would be learned; later, it may pass
-        if (self.patient or is_new) and response.status_code in (401, 403, 404):
+        if response.status_code in ((401, 403, 404) if self.patient else (401, 404) if is_new else ()):
             found = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
             remedy = "Check the endpoint's address, the model's name there, and OPENAI_API_KEY."
             raise InputError(f"judge at {self.url}", found=found, expected="an answer", remedy=remedy)
@@ -305,21 +308,33 @@ def text_of(answer: dict) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _scores_in(text: str) -> object:
+    """Return what JSON in a text has as scores, a list where it is one number; None where there are none."""
+    whole = _JSON.search(text)
+    with suppress(ValueError, AttributeError):
+        row = json.loads(whole[0], strict=False) if whole else {}  # lines may break within a reason
+        scores = row.get("scores", row.get("score"))
+        if scores is not None:
+            return [scores] if type(scores) in (int, float) else scores
+    alone = _LIST.fullmatch(text)
+    for part in [alone[1]] if alone else _SCORES.findall(text)[-1:]:
+        with suppress(ValueError):
+            scores = json.loads(part)
+            return scores if isinstance(scores, list) else [scores]
+    return None
+
+
 def scores_reader(count: int, least: int, most: int) -> Callable[[dict], list[float]]:
     """Return what reads `count` scores in `least`..`most` out of an answer.
 
-    They stand in JSON, `{"scores": [...]}` or `{"score": [...]}`, which may have words around it, or else one a line,
-    `name: 4`, as ImgEdit's own prompts ask for. The reader raises JudgeFailed.
+    They stand in JSON, `{"scores": [...]}` or `{"score": [...]}`, which may have words around it or be broken by what
+    is said beside them, such as a reason with a quote in it; or are a list alone, or one a line, `name: 4`, as
+    ImgEdit's own prompts ask for. The reader raises JudgeFailed.
     """
 
     def read(answer: dict) -> list[float]:
         text = text_of(answer)
-        found = _JSON.search(text)
-        try:
-            row = json.loads(found[0]) if found else {}
-            scores = row.get("scores", row.get("score"))
-        except (ValueError, AttributeError):
-            scores = None
+        scores = _scores_in(text)
         if scores is None:
             scores = [int(number) for number in _LINE.findall(text)] or None
         if scores is None:
