@@ -110,6 +110,7 @@ def test_a_folder_is_read_by_what_it_holds(tmp_path):
         (["src_img", "edited_img", "prompt"], ("prompt", "edited_img", "src_img")),
         (["source_image", "target_image", "instruction"], ("instruction", "target_image", "source_image")),
         (["input_images", "output_images", "caption"], ("caption", "output_images", "input_images")),
+        (["source_images", "prompt", "target_image"], ("prompt", "target_image", "source_images")),
         (["image", "output_image", "prompt"], ("prompt", "output_image", "image")),
         (["image", "text"], ("text", "image", None)),
         (["jpg", "txt", "__key__"], ("txt", "jpg", None)),

@@ -26,6 +26,7 @@ class PromptDataset(PairDataset):
         others = {k: v for k, v in row.items() if k not in (source.columns.prompt, source.columns.source)}
         if isinstance(row[source.columns.prompt], dict):  # the .json of a webdataset has the others
             others |= {k: v for k, v in row[source.columns.prompt].items() if k not in PROMPT_COLUMNS}
+        others.pop("broken", None)  # says of a row which ones it stands for
         found = {**others, "prompt": pair.prompt, "size": size}
         if pair.source is None:
             return found

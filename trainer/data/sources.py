@@ -22,7 +22,7 @@ from ...core.pictures import TRANSPARENCY, to_rgb
 from .tars import features_of_tars
 
 SOURCE_COLUMNS = (
-    "src_img", "source_image", "source_img", "input_images", "input_image", "original_image", "image"
+    "src_img", "source_image", "source_images", "source_img", "input_images", "input_image", "original_image", "image"
 )  # fmt: skip
 TARGET_COLUMNS = ("edited_img", "edited_image", "target_image", "target_img", "output_images", "output_image")
 PROMPT_COLUMNS = ("prompt", "instruction", "caption", "edited_prompt_list", "edit_prompt", "text", "txt", "json")
