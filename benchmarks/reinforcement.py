@@ -1,14 +1,16 @@
 """Minutes to a strict accuracy on the micro model, for each way of reinforcement learning, from many seeds.
 
     python benchmarks/reinforcement.py [--task edit] [--target 0.7] [--minutes 10] [--methods cps nft ...]
+    python benchmarks/reinforcement.py --target 0.85 --minutes 20 --every 20 --methods nft published --times 5
 
 Every method starts from the pretrained weights, draws as many pictures for an update, and is stopped when the averaged
-weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. `published` is Flow-GRPO
-as published: noise in all steps but the last, guidance and KL in training; `nft` is what `unipic2 train grpo` does by
-default, held by the `beta` of `grpo_micro.yaml`, and in `nft_current` the current weights draw; `awm` has its authors'
-distance to an average. The rate is 2e-4, for `nft_current` and `awm` half of that: at more they break down sooner. A
-look has the method's own guidance, so that they begin at different accuracies; gains are to each one's own. Further
-flags are those of `unipic2 train grpo`, for all methods.
+weights reach the target on held-out samples, or after `--minutes`. Looks are not in the time. With `--times 5` the
+methods after the first have five times the minutes in which the first was there with that seed, if it was.
+`published` is Flow-GRPO as published: noise in all steps but the last, guidance and KL in training; `nft` is what
+`unipic2 train grpo` does by default, held by the `beta` of `grpo_micro.yaml`, and in `nft_current` the current weights
+draw; `awm` has its authors' distance to an average. The rate is 2e-4, for `nft_current` and `awm` half of that: at
+more they break down sooner. A look has the method's own guidance, so that they begin at different accuracies; gains
+are to each one's own. Further flags are those of `unipic2 train grpo`, for all methods.
 """
 
 import argparse
@@ -46,8 +48,8 @@ _EVAL_SEED = 99
 class _Race(TrainerCallback):
     """Stops a run at the target or when its time is up; notes accuracy by minute."""
 
-    def __init__(self, arguments, guidance: float):
-        self.arguments, self.guidance, self.trainer = arguments, guidance, None
+    def __init__(self, arguments, minutes: float, guidance: float):
+        self.arguments, self.minutes, self.guidance, self.trainer = arguments, minutes, guidance, None
         self.curve, self.spent, self.started = [], 0.0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -59,7 +61,7 @@ class _Race(TrainerCallback):
             return
         self.spent += time.perf_counter() - self.started
         reached = self._look() >= self.arguments.target
-        control.should_training_stop |= reached or self.spent >= 60 * self.arguments.minutes
+        control.should_training_stop |= reached or self.spent >= 60 * self.minutes
         self.started = time.perf_counter()
 
     def _look(self) -> float:
@@ -85,10 +87,12 @@ def flags(method: str, seed: int, task: str, folder: str) -> list[str]:
     return argv
 
 
-def race(method: str, seed: int, arguments, extra: list[str], folder: str) -> list[tuple[float, float, float]]:
+def race(
+    method: str, seed: int, minutes: float, arguments, extra: list[str], folder: str
+) -> list[tuple[float, float, float]]:
     """Return `(minutes, strict text-to-image, strict edit)` of each look."""
     script_args, args = parse([*flags(method, seed, arguments.task, folder), *extra])
-    runner = _Race(arguments, args.guidance_scale)
+    runner = _Race(arguments, minutes, args.guidance_scale)
     runner.trainer = make_trainer(script_args, args, resumed=False)
     runner.trainer.add_callback(runner)
     runner.trainer.train()
@@ -106,6 +110,9 @@ def main() -> None:
     parser.add_argument("--task", default="t2i", choices=("t2i", "edit"), help="what is trained (default t2i)")
     parser.add_argument("--target", type=float, default=0.6, help="strict accuracy to reach (default 0.6)")
     parser.add_argument("--minutes", type=float, default=6, help="training time of a run at most (default 6)")
+    parser.add_argument(
+        "--times", type=float, help="minutes of the methods after the first, in times of its own to the target"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of training (default 1 2 3)")
     parser.add_argument("--every", type=int, default=10, help="optimizer steps between looks (default 10)")
     parser.add_argument("--samples", type=int, default=256, help="prompts, and edits, of a look (default 256)")
@@ -114,10 +121,14 @@ def main() -> None:
     place = ("t2i", "edit").index(arguments.task)
     curves: dict[str, list] = {method: [] for method in arguments.methods}
     for seed in arguments.seeds:
+        limit = arguments.minutes
         for method in arguments.methods:
             with tempfile.TemporaryDirectory() as folder:
-                curve = race(method, seed, arguments, extra, folder)
+                curve = race(method, seed, limit, arguments, extra, folder)
             curves[method].append(curve)
+            first = minutes_to(curve, place, arguments.target) if method == arguments.methods[0] else None
+            if arguments.times and first:
+                limit = arguments.times * first
             shown = "  ".join(f"{minutes:.1f}: {t2i:.3f} {edit:.3f}" for minutes, t2i, edit in curve)
             print(f"{method} seed {seed}  (minutes: t2i edit)  {shown}", flush=True)
     for method, runs in curves.items():

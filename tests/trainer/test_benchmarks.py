@@ -32,6 +32,25 @@ def test_ways_of_reinforcement_learning_are_settings_that_parse(tmp_path):
         assert args.guidance_scale == (1.5 if method == "published" else 1)
 
 
+def test_later_methods_of_a_race_have_times_the_minutes_of_the_first(monkeypatch, capsys):
+    module, limits = benchmark("reinforcement"), []
+    curves = {1: [(0.0, 0.5, 0.9), (2.0, 0.7, 0.9), (3.0, 0.9, 0.9)], 2: [(0.0, 0.5, 0.9), (8.0, 0.8, 0.9)]}
+
+    def race(method, seed, minutes, *rest):
+        limits.append((method, seed, minutes))
+        return curves[seed] if method == "nft" else [(0.0, 0.5, 0.9), (minutes, 0.6, 0.8)]
+
+    monkeypatch.setattr(module, "race", race)
+    argv = "reinforcement --target 0.85 --minutes 7 --times 5 --methods nft published cps --seeds 1 2"
+    monkeypatch.setattr("sys.argv", argv.split())
+    module.main()
+    assert limits == [
+        ("nft", 1, 7), ("published", 1, 15), ("cps", 1, 15),
+        ("nft", 2, 7), ("published", 2, 7), ("cps", 2, 7),
+    ]  # fmt: skip
+    assert "nft: minutes to 0.85: 3.0, never; best 0.850" in capsys.readouterr().out
+
+
 def test_contrastive_runs_are_settings_that_parse(tmp_path):
     _, args = pretrain.parse(benchmark("contrastive").flags(0.05, 2, 400, 16, str(tmp_path)))
     assert (args.contrastive_weight, args.max_steps, args.seed) == (0.05, 400, 2)
