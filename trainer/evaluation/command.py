@@ -18,7 +18,7 @@ from ..loras import add_lora
 from ..metaquery_pipeline import MetaQueryPipeline, load_transformer, vlm_folder
 from ..micro import HELD_OUT_COUNT, HELD_OUT_SEED
 from ..rewards.endpoint import Endpoint
-from ..rewards.geneval import GenEval
+from ..rewards.geneval import SHORTEST_EDGE, GenEval
 from ..rewards.judge import PROMPTS as EDIT_PROMPTS
 from ..rewards.judge import EditJudge
 from ..script import open_model
@@ -147,7 +147,7 @@ def _geneval(arguments: Namespace) -> tuple[Benchmark, dict, dict]:
         geneval.read_prompts(arguments.prompts),
         lambda: GenEval.from_pretrained(arguments.detector, arguments.clip, device),
         chosen["seed"], (chosen["width"], chosen["height"]), chosen["samples"], arguments.exact_counts,
-        {"detector": arguments.detector, "clip": arguments.clip},
+        {"detector": arguments.detector, "detector_pixels": str(SHORTEST_EDGE), "clip": arguments.clip},
     )  # fmt: skip
     return benchmark, chosen, _sampling(arguments)
 

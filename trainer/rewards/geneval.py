@@ -28,7 +28,7 @@ _GENEVAL_NAMES = {
     "tvmonitor": "tv",
 }  # fmt: skip
 """COCO's names of three classes, and Pascal VOC's of six, which the default detector has, and GenEval's own."""
-_SHORTEST_EDGE, _LONGEST_EDGE = 800, 1333
+SHORTEST_EDGE, LONGEST_EDGE = 800, 1333
 """Pixels that GenEval's detector sees; the default one's own settings squash pictures to 384 x 384."""
 _COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _LEAST_SCORE = 0.3
@@ -73,7 +73,7 @@ class Mask2Former:
         self.device, self.batch_size = device, batch_size
         with loading("detector", model, "a Mask2Former model"):
             loaded = AutoModelForUniversalSegmentation.from_pretrained(model, use_safetensors=True)
-            size = {"shortest_edge": _SHORTEST_EDGE, "longest_edge": _LONGEST_EDGE}
+            size = {"shortest_edge": SHORTEST_EDGE, "longest_edge": LONGEST_EDGE}
             self.processor = Mask2FormerImageProcessorPil.from_pretrained(model, size=size)
         self.model = loaded.eval().requires_grad_(False).to(device)
         self.classes = set(loaded.config.id2label.values())
