@@ -25,7 +25,7 @@ from .kontext_pipeline import StableDiffusion3KontextPipeline, resized
 from .kontext_trainer import KontextTrainer
 from .matching import Matching
 from .noisy_steps import NoisySteps
-from .rewards import RewardFunction, columns_of, looked_through, name_of
+from .rewards import RewardFunction, columns_of, looked_through, names_of
 from .rewards.beside import Beside
 from .rollouts import rollout, snapped
 from .sheets import Cell, contact_sheet, save_sheet
@@ -351,13 +351,14 @@ class FlowGRPOTrainer(KontextTrainer):
             missing,
         )
         self.note(found.metrics)
-        for function, column in zip(self.reward_funcs, rewards.T, strict=True):
+        for name, column in zip(names_of(self.reward_funcs), rewards.T, strict=True):
             values = column[~column.isnan()]
             if len(values):
-                self.note({f"rewards/{name_of(function)}/mean": values.mean().item()})
+                self.note({f"rewards/{name}/mean": values.mean().item()})
         start = args.process_index * len(groups)
         step, every = self.state.global_step, args.preview_steps
-        if args.log_completions and every and step % every == 0 and self.is_world_process_zero():
+        before = (self._batches_done - self._repeats) // args.gradient_accumulation_steps  # the generation before
+        if args.log_completions and every and step // every > before // every and self.is_world_process_zero():
             sheet = _best_and_worst(found.rewards[: len(groups)], prompts, images, sources)
             folder = Path(args.output_dir) / "completions"
             folder.mkdir(parents=True, exist_ok=True)

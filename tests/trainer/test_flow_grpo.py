@@ -14,6 +14,7 @@ from unipic2.trainer.adapters import lora_config
 from unipic2.trainer.flow_grpo_trainer import _of_each_prompt
 from unipic2.trainer.micro.rows import MicroTasks
 from unipic2.trainer.micro.tasks import shares_color
+from unipic2.trainer.noisy_steps import NoisySteps
 from unipic2.trainer.rewards.judge import EditJudge
 from unipic2.trainer.rewards.micro import micro_soft
 from unipic2.trainer.rollouts import log_prob
@@ -79,6 +80,28 @@ def test_rows_are_read_once_for_all_batches_of_a_generation(make_trainer):
 
 
 # Rewards
+
+
+def test_rewards_of_the_same_name_have_curves_of_their_own(make_trainer, capsys):
+    def redness(prompts, images, **columns):
+        return [0.5] * len(prompts)
+
+    trainer = trained(make_trainer(reward=[globals()["redness"], redness], max_steps=1))
+    assert logged(trainer, "rewards/redness_2/mean") == [0.5] != logged(trainer, "rewards/redness/mean")
+    assert "reward redness_2 is 0.5 for all of 6 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lasts", "batches", "steps"),
+    [(1, 1, [0, 4, 8]), (3, 1, [0, 6]), (6, 1, [0, 6]), (1, 2, [0, 4, 8]), (3, 2, [0, 4, 9])],
+)
+def test_sheets_are_kept_once_for_each_preview_step(make_trainer, tmp_path, lasts, batches, steps):
+    """Of the next generation, where the one that is trained on lasts beyond it."""
+    settings = {"num_iterations": lasts, "steps_per_generation": 1, "gradient_accumulation_steps": batches}
+    settings |= {"log_completions": True}
+    trained(make_trainer(max_steps=12 if batches > 1 else 9, preview_steps=4, **settings))
+    found = sorted(path.stem for path in (tmp_path / "run/completions").iterdir())
+    assert found == [f"step_{step:06d}" for step in steps]
 
 
 def test_coroutines_are_asked_while_the_next_pictures_are_drawn(make_trainer, monkeypatch):
@@ -235,18 +258,46 @@ def test_conditions_take_no_more_memory_for_larger_groups(make_trainer, guidance
     assert all(torch.equal(batch[name], of_rows[[1, 0]]) for name, of_rows in kept.items())
 
 
-def test_log_probs_in_training_are_those_of_the_rollout(make_trainer):
-    """Of rollouts in parts of a batch, and of all steps in one pass."""
-    trainer = make_trainer(max_steps=1, learning_rate=0.0)
-    trained(trainer)
-    part = trainer._generation["batches"][0]
-    batch = trainer._batch(part)
-    with torch.no_grad():
-        steps, _ = trainer.learner._steps(trainer.trained_model().eval(), batch)
-    for step, after, before in zip(steps, batch["after"], batch["before"], strict=True):
-        spread = ((after - step.mean) / step.std).flatten(1)
-        assert 0.8 < spread.std().item() < 1.2 and spread.mean().abs() < 0.2, "what was drawn is what was meant"
-        assert torch.isfinite(log_prob(after, step)).all() and before.shape == after.shape
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"edit_ratio": 1.0},
+        {"edit_ratio": 1.0, "guidance_scale": 2.0},
+        {"edit_ratio": 1.0, "storage_dtype": "bfloat16"},
+        {"edit_ratio": 1.0, "dynamics": "flow_sde", "eta": 0.7},
+        {"edit_ratio": 1.0, "steps_per_generation": 2},
+    ],
+    ids=str,
+)
+def test_log_probs_in_training_are_those_of_the_rollout(make_trainer, monkeypatch, settings):
+    """So that the first ratio is one against what drew the pictures, not against the same pass done twice.
+
+    Of rollouts step by step and in parts of a batch; in training all steps are one pass.
+    """
+    drawn, keep = [], NoisySteps.keep
+
+    def noted(self, rollouts, *rest):
+        drawn.append(torch.cat([rollout.log_probs for rollout in rollouts], dim=1))
+        return keep(self, rollouts, *rest)
+
+    monkeypatch.setattr(NoisySteps, "keep", noted)
+    trainer = trained(make_trainer(max_steps=1, learning_rate=0.0, **settings))
+    generation, model = trainer._generation, trainer.trained_model().eval()
+    assert len(drawn) == 1 and len(generation["batches"]) == settings.get("steps_per_generation", 1)
+
+    def log_probs(batch):
+        with torch.no_grad():
+            return NoisySteps._log_probs(batch, trainer.learner._steps(model, batch)[0])
+
+    for part in generation["batches"]:
+        batch = trainer._batch(part)
+        found = log_probs(batch)
+        torch.testing.assert_close(found, drawn[0][:, part], atol=2e-6, rtol=0)
+        for name, of_samples in batch["text"].items():  # another sample's words or picture would be seen
+            if not torch.equal(of_samples, of_samples.flip(0)):
+                other = {**batch, "text": {**batch["text"], name: of_samples.flip(0)}}
+                assert (log_probs(other) - found).abs().max() > 1e-5, name
 
 
 def test_what_is_rewarded_becomes_likelier(make_trainer):

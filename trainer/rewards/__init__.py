@@ -46,6 +46,13 @@ def name_of(function: RewardFunction) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def names_of(functions: Sequence[RewardFunction]) -> list[str]:
+    """Return the names that rewards have in logs; of the same ones the later have a number, such as `score_2`."""
+    names = [name_of(function) for function in functions]
+    numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [name if number == 1 else f"{name}_{number}" for name, number in zip(names, numbers, strict=True)]
+
+
 Asked = tuple[torch.Tensor, torch.Tensor]
 """Rewards (B, R), float64, nan where there is none; and where one could not be found out (B, R), bool."""
 
@@ -92,17 +99,18 @@ async def finish(functions: Sequence[RewardFunction], begun: list, count: int) -
 
 def looked_through(functions: Sequence[RewardFunction], rewards: torch.Tensor, missing: torch.Tensor) -> Scores:
     """Return rewards (B, R) with what a person should know of them; `missing` (B, R) could not be found out."""
+    names = names_of(functions)
     warnings = [
-        f"reward {name_of(function)} could not be found out for {count} of {len(rewards)} samples, which teach nothing"
-        for function, count in zip(functions, missing.sum(dim=0).tolist(), strict=True)
+        f"reward {name} could not be found out for {count} of {len(rewards)} samples, which teach nothing"
+        for name, count in zip(names, missing.sum(dim=0).tolist(), strict=True)
         if count
     ]
     if rewards.isnan().all():  # a server that is down for a while must not end a run
-        warnings.append(f"no reward for any of {len(rewards)} samples, from {', '.join(map(name_of, functions))}")
-    for function, column in zip(functions, rewards.T, strict=True):
+        warnings.append(f"no reward for any of {len(rewards)} samples, from {', '.join(names)}")
+    for name, column in zip(names, rewards.T, strict=True):
         values = column[~column.isnan()]
         if len(values) > 1 and values.max() == values.min():
-            warnings.append(f"reward {name_of(function)} is {values[0].item():g} for all of {len(values)} samples")
+            warnings.append(f"reward {name} is {values[0].item():g} for all of {len(values)} samples")
     return Scores(rewards, tuple(warnings))
 
 
