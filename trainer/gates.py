@@ -16,7 +16,7 @@ from .kontext_trainer import last_checkpoint
 
 GATE_ACTIONS = ("rollback", "stop", "warn")
 _UNKNOWN = -1.0  # a score below all others
-_LOOKS, _BEST = "gate.json", "gate-best-{}.safetensors"
+GATE_FILE, _BEST = "gate.json", "gate-best-{}.safetensors"
 
 
 def _best_of(looks: list[dict]) -> dict | None:
@@ -28,9 +28,9 @@ def _best_of(looks: list[dict]) -> dict | None:
 class GateCallback(TrainerCallback):
     """Looks at both tasks every `steps` optimizer steps, with the averaged weights.
 
-    A stage ends when its own tasks reach `target`, or when a task has fallen since the stage began by more than
-    `max_drop` and not by chance (`interference.has_fallen`): `stop` keeps the weights, `rollback` goes back to the
-    best that were looked at, `warn` goes on. Looks are kept in `output_dir/gate.json`: a resumed run decides as if
+    A stage ends when each of its own tasks reaches `target`, or when a task has fallen since the stage began by more
+    than `max_drop` and not by chance (`interference.has_fallen`): `stop` keeps the weights, `rollback` goes back to
+    the best that were looked at, `warn` goes on. Looks are kept in `output_dir/gate.json`: a resumed run decides as if
     never stopped.
 
     Args:
@@ -56,7 +56,7 @@ class GateCallback(TrainerCallback):
         self.looks: list[dict] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        path = self.folder / _LOOKS
+        path = self.folder / GATE_FILE
         if state.global_step and path.is_file():
             looks = json.loads(path.read_text(encoding="utf-8"))
             self.looks = [look for look in looks if look["step"] <= state.global_step]
@@ -74,8 +74,10 @@ class GateCallback(TrainerCallback):
             self._look(state.global_step)  # a stage need not end at a multiple of `steps`
         if self.fell and self.action == "rollback":
             step = _best_of([look for look in self.looks if self._is_kept(look)])["step"]
-            self.trainer.restore(load_file(self.folder / _BEST.format(step)))
+            self.trainer.restore(load_file(self.folder / _BEST.format(step)), step)
             if self.trainer.is_world_process_zero():
+                self.looks[-1]["back_to"] = step
+                write_file(self.folder / GATE_FILE, json.dumps(self.looks))
                 self._say(f"back to the weights of step {step}")
 
     @property
@@ -110,14 +112,14 @@ class GateCallback(TrainerCallback):
             if task in first and has_fallen(first[task].strict, now.strict, self.max_drop)
         ]  # fmt: skip
         best = _best_of(self.looks)
-        reached = self.target is not None and score >= self.target and step > 0
+        reached = self.target is not None and step > 0 and score != _UNKNOWN and min(own) >= self.target
         ends = reached or (bool(fallen) and self.action != "warn")
         look = {"step": step, "score": score, "fell": fallen, "ends": ends, **shares}
         look["measured"] = {task: now.to_json() for task, now in measured.items() if task not in first}
         self.looks.append(look)
         if not fallen and (best is None or score > best["score"]):
             self._keep(step)
-        write_file(self.folder / _LOOKS, json.dumps(self.looks))
+        write_file(self.folder / GATE_FILE, json.dumps(self.looks))
         self._say(f"step {step}: " + ", ".join(f"{task} {share:.3f}" for task, share in shares.items()))
         for task in fallen:
             self._say(f"negative transfer: {task} fell from {first[task].mean():.3f} to {shares[task]:.3f}")

@@ -68,6 +68,17 @@ HeldOut = Callable[..., tuple[dict[str, Measurement], Image.Image]]
 """`held_out(pipeline)` draws and judges; returns the measurement of each task and a sheet of the first pictures."""
 
 
+def bar_warning(measured: Measurement) -> str | None:
+    """Return a word on a bar that none or all of the samples reach, and by which no fall or rise can be seen."""
+    strict, soft = known(measured.strict), known(measured.soft)
+    if strict.min() != strict.max():
+        return None
+    low, middle, high = np.quantile(soft, (0.1, 0.5, 0.9))
+    reach, unseen = ("all samples reach", "rise") if strict[0] else ("no sample reaches", "fall")
+    rewards = f"{low:.3g}, {middle:.3g} and {high:.3g} at 10, 50 and 90 %"
+    return f"{reach} the bar, so no {unseen} can be seen; its rewards are {rewards}"
+
+
 def _preserved(images: list[Image.Image], sources: list[Image.Image | None]) -> np.ndarray | None:
     if None in sources:
         return None

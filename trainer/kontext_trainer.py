@@ -180,6 +180,7 @@ class KontextTrainer(Trainer):
             expected = "LoRAs alone; the parts that get them are named in lora_target_modules"
             raise InputError("use_peft", found=f"{found} too", expected=expected)
         self.pipeline, self.previews = pipeline, previews
+        self.restored_step: int | None = None
         pipeline.scheduler = scheduler_of(args, pipeline.scheduler)
         pipeline.vae.requires_grad_(False)
         for encoder in pipeline.text_encoders:
@@ -398,8 +399,10 @@ class KontextTrainer(Trainer):
         return {name: p.detach().contiguous() for name, p in named if p.requires_grad}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put weights, as `trained_weights` names them, in place of what is trained and of its average."""
+    def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Put the weights of an earlier step, as `trained_weights` names them, in place of what is trained and of its
+        average; exports say that step."""
+        self.restored_step = step
         for name, parameter in self.trained_model().named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[name])
@@ -553,6 +556,11 @@ class KontextTrainer(Trainer):
             if card is not None:
                 write_file(unfinished / "README.md", card)
 
+    @property
+    def exported_step(self) -> int:
+        """Optimizer steps that the weights of an export had, fewer than were done where a gate went back."""
+        return self.state.global_step if self.restored_step is None else self.restored_step
+
     def settings(self) -> dict:
         """Return names and values of all settings of the run, those of `run_settings` among them."""
         return {**self.run_settings, **self.args.to_sanitized_dict()}
@@ -561,8 +569,9 @@ class KontextTrainer(Trainer):
         """Return what is written into exported files: how they came to be, and what sampling has to know."""
         settings = {k: _placeless(v) for k, v in self.settings().items() if k not in _OF_THIS_PLACE}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-        logged = {name: entry[name] for entry in self.state.log_history for name in _LOGGED if name in entry}
-        found = {"unipic2.method": self.method, "unipic2.step": str(self.state.global_step)}
+        until = [entry for entry in self.state.log_history if entry["step"] <= self.exported_step]
+        logged = {name: entry[name] for entry in until for name in _LOGGED if name in entry}
+        found = {"unipic2.method": self.method, "unipic2.step": str(self.exported_step)}
         found |= {"unipic2.metrics": json.dumps(logged)} if logged else {}
         found["unipic2.config_sha256"] = digest
         base = str(self.run_settings.get("model_name_or_path", ""))

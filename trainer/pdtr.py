@@ -18,9 +18,9 @@ from ..core.errors import InputError, check_one_of, check_share
 from ..core.files import COMFYUI_LORA, write_file
 from ..core.micro import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from .flow_grpo_config import FlowGRPOConfig
-from .gates import GATE_ACTIONS, GateCallback
+from .gates import GATE_ACTIONS, GATE_FILE, GateCallback
 from .grpo import GRPOArguments, check_columns, check_task, grpo, load_rows
-from .held_out import TASKS, HeldOut, Measurement, micro_held_out, reward_held_out
+from .held_out import TASKS, HeldOut, Measurement, bar_warning, micro_held_out, reward_held_out
 from .interference import INTERFERENCE_FILE, figure_text, is_fall, matrix, write_matrix
 from .kontext_pipeline import StableDiffusion3KontextPipeline
 from .report import HISTORY_FILE, charts, pictures, table, write_page
@@ -90,7 +90,10 @@ class PDTRArguments(GRPOArguments):
         metadata={"help": "Strict accuracy, 0 to 1, that a task may lose before it is negative transfer."},
     )
     gate_target: float | None = field(
-        default=None, metadata={"help": "Strict accuracy of its own tasks at which a stage ends early; null is none."}
+        default=None,
+        metadata={
+            "help": "Strict accuracy, 0 to 1, that ends a stage early when each of its own tasks has it; null is none."
+        },
     )
     gate_action: str = field(
         default="rollback",
@@ -106,6 +109,11 @@ class PDTRArguments(GRPOArguments):
         if self.gate_target is not None:
             check_share("gate_target", self.gate_target)
         check_one_of("gate_action", self.gate_action, GATE_ACTIONS)
+        if self.eval_dataset_name == self.dataset_name == [MICRO]:
+            self.eval_dataset_name = None  # its rows are drawn anew each time, but not those that it is measured on
+        if MICRO in (self.eval_dataset_name or ()):
+            expected = "rows of one's own, as in dataset_name"
+            raise InputError("eval_dataset_name", found=", ".join(self.eval_dataset_name), expected=expected)
         if self.eval_dataset_name is None and self.dataset_name != [MICRO]:
             raise InputError("eval_dataset_name", found="nothing", expected="held-out prompts and edits to measure on")
         if self.eval_dataset_name is None and self.eval_reward_funcs is not None:
@@ -269,6 +277,9 @@ class _Progress:
         write_file(path, json.dumps({"of": identity, "tasks": tasks}))
         for task, now in found.items():
             sys.stderr.write(f"[measuring] {path.stem}: {task} strict {now.mean():.3f} of {len(now.strict)}\n")
+            if script_args.eval_dataset_name is not None and (said := bar_warning(now)):
+                name = "edit_strict_reward" if task == "edit" else "strict_reward"
+                sys.stderr.write(f"[measuring] {path.stem}: {task}: {said}; set {name}\n")
 
     def measured(self, last: int) -> dict[str, dict[str, Measurement]]:
         """Return what was measured, in order, up to stage `last`: later files may be of an earlier run."""
@@ -302,6 +313,8 @@ class _Progress:
                 continue
             history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
             parts += [f"<h2>Stage {html.escape(self.names[number])}</h2>", *charts(history)]
+            if (folder / GATE_FILE).is_file():
+                parts.append(gate_table(json.loads((folder / GATE_FILE).read_text(encoding="utf-8"))))
             last = max((folder / "completions").glob("*.png"), default=None)
             if last is not None:
                 parts += ["<h3>Best and worst of the last generation that was kept</h3>"]
@@ -342,6 +355,17 @@ def matrix_table(figures: dict[str, dict[str, dict]]) -> str:
             " Kept is how much of their sources edits leave as it was, pixel by pixel, with its change to the start."
         )
     return f"<table>{''.join(rows)}</table><p>{notes}</p>"
+
+
+def gate_table(looks: list[dict]) -> str:
+    """Return the looks of a stage's gate as an HTML table: strict accuracy by step, what fell, where it went back."""
+    rows = ["<tr><td>step" + "".join(f"<td>{task}" for task in TASKS) + "<td>"]
+    for look in looks:
+        cells = "".join(f"<td>{look[task]:.3f}" if task in look else "<td>" for task in TASKS)
+        said = [f"<b>negative transfer: {' and '.join(look['fell'])}</b>"] if look["fell"] else []
+        said += [f"back to the weights of step {look['back_to']}"] if "back_to" in look else []
+        rows.append(f"<tr><td>{look['step']}{cells}<td>{', '.join(said)}")
+    return f"<h3>Gate</h3><table>{''.join(rows)}</table>"
 
 
 def kinds_table(figures: dict[str, dict[str, dict]]) -> str:

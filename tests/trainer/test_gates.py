@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from unipic2.trainer.gates import GateCallback
 from unipic2.trainer.held_out import Measurement
+from unipic2.trainer.pdtr import gate_table
 
 N = 100
 
@@ -37,7 +38,8 @@ class FakeTrainer:
     def trained_weights(self):
         return {"weight": self.model.weight.detach()}
 
-    def restore(self, tensors):
+    def restore(self, tensors, step):
+        self.restored_step = step
         with torch.no_grad():
             self.model.weight.copy_(tensors["weight"])
 
@@ -87,9 +89,13 @@ def test_a_good_stage_goes_on_to_its_end(run_gate, tmp_path, capsys):
     assert "[gate] step 20: t2i 0.700, edit 0.800" in capsys.readouterr().err
 
 
-def test_negative_transfer_goes_back_to_the_best(run_gate, capsys):
+def test_negative_transfer_goes_back_to_the_best(run_gate, tmp_path, capsys):
     _, trainer, step = run_gate([(0.5, 0.8), (0.6, 0.8), (0.55, 0.8), (0.9, 0.5), (1, 1)])
-    assert step == 30 and trainer.model.weight.item() == 10
+    assert step == 30 and trainer.model.weight.item() == trainer.restored_step == 10
+    looks = json.loads((tmp_path / "gate.json").read_text())
+    assert [look.get("back_to") for look in looks] == [None, None, None, 10]
+    table = gate_table(looks)
+    assert "<td>30<td>0.900<td>0.500<td><b>negative transfer: edit</b>, back to the weights of step 10" in table
     said = capsys.readouterr().err
     assert "negative transfer: edit fell from 0.800 to 0.500" in said and "back to the weights of step 10" in said
 
@@ -110,6 +116,8 @@ def test_a_stage_that_is_good_enough_ends(run_gate, capsys):
     assert step == 20 and "target of 0.85 is reached" in capsys.readouterr().err
     _, _, step = run_gate([(0.95, 0.8), (0.5, 0.95), (0.9, 0.9)], own=("t2i", "edit"), target=0.9, action="warn")
     assert step == 20, "both tasks of a joint stage, and not before it has trained"
+    _, _, step = run_gate([(0.5, 0.8), (0.84, 0.97), (0.9, 0.9)], own=("t2i", "edit"), target=0.9)
+    assert step == 20, "each of them, not their mean"
 
 
 def test_a_resumed_stage_remembers_its_looks(run_gate, tmp_path):

@@ -1,6 +1,7 @@
 """`train grpo` and `train pdtr`: settings, own data, stages, measuring, reports, LoRA that goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from unipic2.core.checkpoint import read_header
 from unipic2.core.errors import InputError
 from unipic2.trainer import grpo, pdtr
 from unipic2.trainer.cli import main
+from unipic2.trainer.script import train_and_export
 from unipic2.trainer.stages import parse_stages
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -101,6 +104,32 @@ def test_own_prompts_with_a_reward_of_ones_own(config, tmp_path, prompts_file, m
     history = json.loads((tmp_path / "run/log_history.json").read_text())
     assert all(0 < entry["rewards/brightness/mean"] < 1 for entry in history if "reward" in entry)
     assert (tmp_path / "run/previews/step_000002.png").is_file()
+
+
+def test_a_column_that_has_a_name_of_the_trainers_own(config, tmp_path):
+    rows = [json.dumps({"prompt": f"a red circle {i}", "broken": False}) for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = {"dataset_name": str(tmp_path / "rows.jsonl"), "resolution": 64, "reward_funcs": "tone.redness"}
+    settings |= {"edit_ratio": 0.0, "max_steps": 1, "preview_steps": 0}
+    assert main(["train", "grpo", *config(**settings)]) == 0
+
+
+def test_an_export_after_a_rollback_says_the_step_of_its_weights(config, tmp_path):
+    """Its metrics are of what was trained until then."""
+
+    class Back(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            trainer.restore(trainer.trained_weights(), 2)
+
+    script_args, args = grpo.parse(config(max_steps=3, save_strategy="no", preview_steps=0))
+    trainer = grpo.make_trainer(script_args, args, resumed=False)
+    trainer.add_callback(Back())
+    train_and_export(trainer, script_args, args, None, "reinforcement learning")
+    metadata = read_header(tmp_path / "run/export" / WEIGHTS).metadata
+    rewards = {entry["step"]: entry["reward"] for entry in trainer.state.log_history if "reward" in entry}
+    assert metadata["unipic2.step"] == "2" and trainer.state.global_step == 3
+    assert json.loads(metadata["unipic2.metrics"])["reward"] == rewards[2] != rewards[3]
+    assert "for 2 steps" in (tmp_path / "run/export/README.md").read_text()
 
 
 def test_rows_without_the_task_that_is_asked_for(config, tmp_path, capsys):
@@ -213,7 +242,15 @@ def test_pdtr_measures_both_tasks_around_each_stage(config, tmp_path, capfd):
         assert list(tasks) == ["t2i", "edit"] and all(t["n"] == 6 and len(t["kinds"]) == 6 for t in tasks.values())
         assert ("change" in tasks["t2i"]) == (stage != "start")
     report = (run / "report.html").read_text()
-    for part in ("Interference", "Stage 1-edit", "Stage 2-t2i", "<svg", "Settings of 2-t2i", "Best and worst"):
+    for part in (
+        "Interference",
+        "Stage 1-edit",
+        "<h3>Gate</h3><table><tr><td>step<td>t2i<td>edit",
+        "Stage 2-t2i",
+        "<svg",
+        "Settings of 2-t2i",
+        "Best and worst",
+    ):
         assert part in report, part
     assert report.count("data:image/png") == 5, "three sheets of measurings, one of samples for each stage"
     card = (run / "export/README.md").read_text()
@@ -238,6 +275,20 @@ def test_a_lora_goes_on_from_stage_to_stage(config, tmp_path):
     assert start.read_bytes() != found.read_bytes(), "drawn with the LoRA"
     found = json.loads((tmp_path / "run/measured/1-edit.json").read_text())
     assert found["tasks"] == json.loads((tmp_path / "run/measured/2-t2i.json").read_text())["tasks"]
+
+
+def test_a_run_goes_on_in_its_second_stage_wherever_its_folder_is(config, tmp_path, capfd):
+    """The second stage starts from a folder of the run itself."""
+    settings = {"stages": [{"edit_ratio": 1.0}, {"edit_ratio": 0.0, "max_steps": 4}], "resume": True, **SMALL}
+    assert main(["train", "pdtr", *config(**settings)]) == 0
+    expected = (tmp_path / "run/export" / WEIGHTS).read_bytes()
+    for finished in ("stage-2/export", "stage-2/checkpoint-4", "export"):
+        shutil.rmtree(tmp_path / "run" / finished)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    capfd.readouterr()
+    assert main(["train", "pdtr", *config(**settings, output_dir=str(tmp_path / "elsewhere"))]) == 0
+    assert "training goes on after checkpoint-2" in capfd.readouterr().err
+    assert (tmp_path / "elsewhere/export" / WEIGHTS).read_bytes() == expected
 
 
 def test_what_was_measured_otherwise_is_measured_again(config, tmp_path, capfd):
@@ -279,9 +330,13 @@ def test_pdtr_measures_by_rewards_that_it_does_not_train_on(config, tmp_path, pr
     for tasks in found.values():
         assert tasks["t2i"]["strict"] == 1 and tasks["edit"]["strict"] == 0, "each by its own bar"
         assert -1 <= tasks["t2i"]["soft"] <= 1 and tasks["edit"]["preserved"] != tasks["edit"]["soft"]
+    said = capfd.readouterr().err
+    assert "start: t2i: all samples reach the bar, so no rise can be seen; its rewards are" in said
+    assert "1-edit: edit: no sample reaches the bar, so no fall can be seen" in said
+    assert said.count("; set strict_reward\n") == said.count("; set edit_strict_reward\n") == 2
     report = (tmp_path / "run/report.html").read_text()
     assert "By kind" in report and "edit: recolor" in report and "<td>kept" in report
-    assert "eval_reward_funcs names others" not in capfd.readouterr().err
+    assert "eval_reward_funcs names others" not in said
 
 
 def test_without_stages_edits_come_first(config, tmp_path, capsys):
@@ -302,6 +357,12 @@ def test_without_stages_edits_come_first(config, tmp_path, capsys):
     assert "--gate_max_drop" in capsys.readouterr().out
 
 
+def test_the_micro_world_is_measured_on_its_own_held_out_samples(config):
+    """Also where it is named: rows to train on are drawn anew each time, so that nothing could be compared."""
+    script_args, _ = pdtr.parse(config(eval_dataset_name="micro"))
+    assert script_args.eval_dataset_name is None
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -312,6 +373,8 @@ def test_without_stages_edits_come_first(config, tmp_path, capsys):
         ({"stages": [{"gate_target": 85}]}, r"stages\[0\]: gate_target: found 85"),
         ({"stages": [{"lora_r": 8}]}, r"stages\[0\]: found lora_r"),
         ({"stages": STAGES, "dataset_name": "some.jsonl"}, "eval_dataset_name: found nothing"),
+        ({"stages": STAGES, **OWN, "eval_dataset_name": "micro"}, "eval_dataset_name: found micro, expected rows of"),
+        ({"stages": [{"num_generations": "many"}]}, r"stages\[0\]: training settings: found argument --num_gen"),
         ({"stages": STAGES, "eval_reward_funcs": ["ocr"]}, "eval_reward_funcs: found ocr, expected none"),
         ({"stages": STAGES, **OWN, "eval_reward_weights": [1.0]}, "eval_reward_weights: found 1 for 0 rewards"),
         ({"stages": STAGES, **OWN, "eval_reward_funcs": "edit_judge"}, "judge_base_url: found nothing"),
