@@ -37,23 +37,22 @@ class Server:
                 if what == "closed":
                     self.connection.close()
                     return
-                drips = isinstance(what, tuple) and what[0] == "drip"
-                seconds = what[1] if drips else 0.0
-                if drips:
-                    what = good(8, 9)
                 if isinstance(what, float):
                     time.sleep(what)
                     what = good(8, 9)
+                seconds = 0.0
+                if what[0] == "drip":
+                    seconds, what = what[1], good(8, 9)
                 status, body = what
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 if outer.retry_after is not None:
                     self.send_header("Retry-After", outer.retry_after)
                 self.end_headers()
-                for byte in body if drips else ():
-                    self.wfile.write(bytes([byte]))
+                size = 1 if seconds else max(1, len(body))
+                for start in range(0, len(body), size):
+                    self.wfile.write(body[start : start + size])
                     time.sleep(seconds / len(body))
-                self.wfile.write(b"" if drips else body)
 
             def log_message(self, *args):
                 pass

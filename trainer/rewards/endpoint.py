@@ -236,8 +236,9 @@ class Endpoint:
             raise ServerFailed("timeout") from None
         except httpx.HTTPError as error:
             raise ServerFailed(f"connection: {type(error).__name__}") from None
-        is_new = not self.usage["requests"]  # a wrong setting, and nothing would be learned; later, it may pass
-        if response.status_code in ((401, 403, 404) if self.patient else (401, 404) if is_new else ()):
+        # A wrong setting, by which nothing would be learned; of a server that has answered it may pass.
+        is_wrong = response.status_code in (401, 404) and not self.usage["requests"]
+        if is_wrong or (self.patient and response.status_code in (401, 403, 404)):
             found = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
             remedy = "Check the endpoint's address, the model's name there, and OPENAI_API_KEY."
             raise InputError(f"judge at {self.url}", found=found, expected="an answer", remedy=remedy)
@@ -309,18 +310,17 @@ def text_of(answer: dict) -> str:
 
 
 def _scores_in(text: str) -> object:
-    """Return what JSON in a text has as scores, a list where it is one number; None where there are none."""
+    """Return what JSON in a text, whole or broken, has as scores; None where there are none."""
     whole = _JSON.search(text)
     with suppress(ValueError, AttributeError):
         row = json.loads(whole[0], strict=False) if whole else {}  # lines may break within a reason
         scores = row.get("scores", row.get("score"))
         if scores is not None:
-            return [scores] if type(scores) in (int, float) else scores
+            return scores
     alone = _LIST.fullmatch(text)
     for part in [alone[1]] if alone else _SCORES.findall(text)[-1:]:
         with suppress(ValueError):
-            scores = json.loads(part)
-            return scores if isinstance(scores, list) else [scores]
+            return json.loads(part)
     return None
 
 
@@ -335,6 +335,8 @@ def scores_reader(count: int, least: int, most: int) -> Callable[[dict], list[fl
     def read(answer: dict) -> list[float]:
         text = text_of(answer)
         scores = _scores_in(text)
+        if type(scores) in (int, float):
+            scores = [scores]
         if scores is None:
             scores = [int(number) for number in _LINE.findall(text)] or None
         if scores is None:
