@@ -288,16 +288,21 @@ def test_log_probs_in_training_are_those_of_the_rollout(make_trainer, monkeypatc
 
     def log_probs(batch):
         with torch.no_grad():
-            return NoisySteps._log_probs(batch, trainer.learner._steps(model, batch)[0])
+            steps, _ = trainer.learner._steps(model, batch)
+        return steps, NoisySteps._log_probs(batch, steps)
 
     for part in generation["batches"]:
         batch = trainer._batch(part)
-        found = log_probs(batch)
+        steps, found = log_probs(batch)
+        for step, after, before in zip(steps, batch["after"], batch["before"], strict=True):
+            spread = ((after - step.mean) / step.std).flatten(1)
+            assert 0.8 < spread.std().item() < 1.2 and spread.mean().abs() < 0.2, "what was drawn is what was meant"
+            assert torch.isfinite(log_prob(after, step)).all() and before.shape == after.shape
         torch.testing.assert_close(found, drawn[0][:, part], atol=2e-6, rtol=0)
         for name, of_samples in batch["text"].items():  # another sample's words or picture would be seen
             if not torch.equal(of_samples, of_samples.flip(0)):
                 other = {**batch, "text": {**batch["text"], name: of_samples.flip(0)}}
-                assert (log_probs(other) - found).abs().max() > 1e-5, name
+                assert (log_probs(other)[1] - found).abs().max() > 1e-5, name
 
 
 def test_what_is_rewarded_becomes_likelier(make_trainer):
